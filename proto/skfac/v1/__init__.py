@@ -1,0 +1,1 @@
+"""The generated protocol, version 1. Its comments in the .proto are its reference."""
