@@ -141,12 +141,9 @@ class Conv2dGeometry:
         return derivatives.reshape(-1, *derivatives.shape[-3:]).sum((2, 3)) * scale
 
     def _window_means(self, images: Tensor, *, dim: int, axis: int) -> Tensor:
-        """Replace `dim` by a last dimension with one mean per kernel offset."""
-        kernel, stride, dilation = (
-            self.kernel[axis],
-            self.stride[axis],
-            self.dilation[axis],
-        )
+        # Replaces `dim` by a last dimension with one mean per kernel offset.
+        kernel, stride = self.kernel[axis], self.stride[axis]
+        dilation = self.dilation[axis]
         span = dilation * (kernel - 1) + 1
         positions = (images.shape[dim] - span) // stride + 1
         reach = stride * (positions - 1) + 1

@@ -29,7 +29,9 @@ _ROUNDING_SHARE = 0.1
 class FactorInverse(Protocol):
     """The matrix `(A + λ I)⁻¹`, factorized once and applied often."""
 
-    damping: float
+    @property
+    def damping(self) -> float:
+        """`λ > 0`, in the units of the factor."""
 
     @property
     def dim(self) -> int:
@@ -59,7 +61,9 @@ class LowRankInverse:
         """The factor's size `d`."""
         return self.basis.shape[1]
 
-    def left(self, matrix: Float[Tensor, "dim columns"]) -> Float[Tensor, "dim columns"]:
+    def left(
+        self, matrix: Float[Tensor, "dim columns"]
+    ) -> Float[Tensor, "dim columns"]:
         """Multiply from the left in `4·n·d·columns` operations.
 
         Returns:
@@ -95,7 +99,9 @@ class DenseInverse:
         """The factor's size `d`."""
         return self.matrix.shape[0]
 
-    def left(self, matrix: Float[Tensor, "dim columns"]) -> Float[Tensor, "dim columns"]:
+    def left(
+        self, matrix: Float[Tensor, "dim columns"]
+    ) -> Float[Tensor, "dim columns"]:
         """Multiply from the left.
 
         Returns:
@@ -130,7 +136,9 @@ def invert_factor(rows: Float[Tensor, "n dim"], *, damping: float) -> FactorInve
     """
     count, dim = rows.shape
     if count == 0:
-        raise ValueError(f"A factor needs at least one row, got shape ({count}, {dim}).")
+        raise ValueError(
+            f"A factor needs at least one row, got shape ({count}, {dim})."
+        )
     if not damping > 0:
         raise ValueError(f"damping must be positive, got {damping}.")
     scaled = rows.double() / count**0.5
@@ -152,7 +160,7 @@ def _check_condition(
     condition = (largest + damping) / damping
     limit = _ROUNDING_SHARE / torch.finfo(dtype).eps
     if not condition <= limit:
-        raise torch.linalg.LinAlgError(
+        raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]  # C++ defines it
             f"A factor with eigenvalues up to {largest:.3g} and damping {damping:.3g} "
             f"has condition {condition:.3g}; {dtype} holds at most {limit:.3g}."
         )

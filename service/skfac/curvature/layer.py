@@ -26,7 +26,9 @@ class LayerPreconditioner:
     activations: FactorInverse
     derivatives: FactorInverse
 
-    def apply(self, gradient: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
+    def apply(
+        self, gradient: Float[Tensor, "d_out d_in"]
+    ) -> Float[Tensor, "d_out d_in"]:
         """Precondition a gradient, bias column included.
 
         Returns:

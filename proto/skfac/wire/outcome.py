@@ -1,0 +1,48 @@
+"""What becomes of one (layer, step): a version, or the word that none will come."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from skfac.curvature.layer import LayerPreconditioner
+
+LossReason = Literal["superseded", "failed", "empty"]
+
+
+@dataclass(frozen=True, eq=False)
+class Version:
+    """A preconditioner; its version is the step its rows were captured at.
+
+    Attributes:
+        layer: Index in the session's layers.
+        step: Capture step.
+        preconditioner: Both damped inverses.
+        rows: Rows that the factors are made of, over all ranks.
+        ranks: Ranks whose rows are in it.
+    """
+
+    layer: int
+    step: int
+    preconditioner: LayerPreconditioner
+    rows: int
+    ranks: int
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A version that will never come.
+
+    Attributes:
+        layer: Index in the session's layers.
+        step: Capture step.
+        reason: `"superseded"` by a newer one once it was past due, `"failed"`
+            numerically, or `"empty"` because no rank had rows.
+        message: A sentence for people.
+    """
+
+    layer: int
+    step: int
+    reason: LossReason
+    message: str
+
+
+Outcome = Version | Loss

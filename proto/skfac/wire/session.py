@@ -1,0 +1,103 @@
+"""What a job declares when it opens a session: plain values, checked once."""
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from skfac.curvature.damping import DampingSplit
+from skfac.wire.errors import InvalidRequestError
+
+History = Literal["snapshot"]
+OnLate = Literal["keep", "wait", "raise"]
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One layer of the model.
+
+    Attributes:
+        name: Qualified module name, unique in the session.
+        kind: `"linear"` or `"conv2d"`.
+        d_in: Columns of the weight matrix, the bias column included. At least 1.
+        d_out: Rows of the weight matrix. At least 1.
+        bias: Whether the last column is the bias.
+    """
+
+    name: str
+    kind: str
+    d_in: int
+    d_out: int
+    bias: bool
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise InvalidRequestError("A layer has an empty name.")
+        if self.d_in < 1 or self.d_out < 1:
+            raise InvalidRequestError(
+                f"Layer {self.name!r} declares a {self.d_out} × {self.d_in} weight; "
+                "both extents must be at least 1."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionSpec:
+    """A job as all of its ranks must declare it.
+
+    Attributes:
+        job: Names the session in status and metrics.
+        instance: One run of the job; a restart has another.
+        world_size: Ranks that push rows. At least 1.
+        layers: The layers, in the order that indices refer to.
+        damping_split: How λ is shared by the two factors.
+        history: Which rows a factor is made of.
+        update_every: Steps between two snapshots. At least 1.
+        lag: Steps from the capture of a version to its first use.
+        on_late: What the trainer does about a version that misses its deadline.
+    """
+
+    job: str
+    instance: str
+    world_size: int
+    layers: tuple[LayerSpec, ...]
+    damping_split: DampingSplit
+    history: History
+    update_every: int
+    lag: int
+    on_late: OnLate
+
+    def __post_init__(self) -> None:
+        if not self.job:
+            raise InvalidRequestError("A session needs a job name that is not empty.")
+        if self.world_size < 1 or self.update_every < 1:
+            raise InvalidRequestError(
+                f"world_size and update_every must be at least 1, got "
+                f"{self.world_size} and {self.update_every}."
+            )
+        if not self.layers:
+            raise InvalidRequestError(f"Job {self.job!r} declares no layers.")
+        names = [layer.name for layer in self.layers]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise InvalidRequestError(f"Layer {twice!r} is declared twice.")
+
+    @property
+    def versions_in_flight(self) -> int:
+        """Versions of a layer between capture and deadline, plus the due one."""
+        return -(-self.lag // self.update_every) + 1
+
+    def first_difference(self, other: "SessionSpec") -> str | None:
+        """Compare with the specification of another rank.
+
+        Returns:
+            A sentence naming the first field that differs, or None if none does.
+        """
+        pairs = zip(self.layers, other.layers, strict=False)
+        for index, (mine, theirs) in enumerate(pairs):
+            if mine != theirs:
+                return f"layer {index} is {theirs} instead of {mine}"
+        if len(self.layers) != len(other.layers):
+            return f"it has {len(other.layers)} layers instead of {len(self.layers)}"
+        for field in fields(self):
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            if mine != theirs:
+                return f"{field.name} is {theirs!r} instead of {mine!r}"
+        return None

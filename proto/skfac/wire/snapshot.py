@@ -1,0 +1,105 @@
+"""The rows that one rank captured at one step, and what it declares about them."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """Type and shape of a tensor that may not be here yet."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "TensorHeader":
+        """Describe a tensor.
+
+        Returns:
+            Its header.
+        """
+        return cls(tensor.dtype, tuple(tensor.shape))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the elements."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class RowsHeader:
+    """What a `LayerRows` declares."""
+
+    layer: int
+    activations: TensorHeader
+    derivatives: TensorHeader
+
+
+@dataclass(frozen=True)
+class SnapshotHeader:
+    """What a `Snapshot` declares."""
+
+    rank: int
+    step: int
+    damping: float
+    layers: tuple[RowsHeader, ...]
+
+    @property
+    def tensors(self) -> list[TensorHeader]:
+        """All tensors in the order of the payload."""
+        return [t for rows in self.layers for t in (rows.activations, rows.derivatives)]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerRows:
+    """The rows of both factors of one layer.
+
+    Attributes:
+        layer: Index in the session's layers.
+        activations: Shape `[n, d_in]`, the bias column included.
+        derivatives: Shape `[n, d_out]`, of the loss of one example each.
+    """
+
+    layer: int
+    activations: Tensor
+    derivatives: Tensor
+
+    @property
+    def header(self) -> RowsHeader:
+        """What is known of these rows before their payload is there."""
+        return RowsHeader(
+            self.layer,
+            TensorHeader.of(self.activations),
+            TensorHeader.of(self.derivatives),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """The rows of all layers of one rank at one step.
+
+    Attributes:
+        rank: Who captured it.
+        step: Step of the backward that the derivatives come from.
+        damping: λ of the Kronecker product at this step.
+        layers: Rows by layer; a layer that got no data is absent.
+    """
+
+    rank: int
+    step: int
+    damping: float
+    layers: tuple[LayerRows, ...]
+
+    @property
+    def header(self) -> SnapshotHeader:
+        """What is known of this snapshot before its payload is there."""
+        headers = tuple(rows.header for rows in self.layers)
+        return SnapshotHeader(self.rank, self.step, self.damping, headers)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors in the order of the payload."""
+        return [t for rows in self.layers for t in (rows.activations, rows.derivatives)]
