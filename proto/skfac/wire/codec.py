@@ -182,9 +182,9 @@ def encode_outcomes(outcomes: Sequence[Outcome]) -> Iterator[bytes]:
         The messages of `StreamPreconditioners`, made one at a time.
     """
     manifest = pb.OutcomesManifest(outcomes=map(_encode_outcome, outcomes))
-    both = (o.preconditioner for o in outcomes if isinstance(o, Version))
-    matrices = (matrix_of(i) for p in both for i in (p.activations, p.derivatives))
-    return encode_frames(manifest.SerializeToString(), matrices)
+    versions = (o for o in outcomes if isinstance(o, Version))
+    tensors = (tensor for v in versions for tensor in v.preconditioner.tensors)
+    return encode_frames(manifest.SerializeToString(), tensors)
 
 
 def decode_outcomes_manifest(
@@ -231,23 +231,6 @@ def build_outcomes(
     return [_decode_outcome(outcome, remaining) for outcome in message.outcomes]
 
 
-def matrix_of(inverse: FactorInverse) -> Tensor:
-    """Find the one tensor that an inverse is made of.
-
-    Returns:
-        `Vᵀ` of a low-rank inverse, the matrix of a dense one.
-
-    Raises:
-        TypeError: If the inverse is of a form the protocol does not have.
-    """
-    match inverse:
-        case LowRankInverse():
-            return inverse.basis
-        case DenseInverse():
-            return inverse.matrix
-    raise TypeError(f"{type(inverse).__name__} has no form on the wire.")
-
-
 # ------------------------------------------------------------------- pieces
 
 
@@ -290,7 +273,7 @@ def _encode_inverse(inverse: FactorInverse) -> pb.FactorInverse:
     return pb.FactorInverse(
         form=pb.FactorInverse.FORM_LOW_RANK if low_rank else forms.FORM_DENSE,
         damping=inverse.damping,
-        matrix=_encode_header(matrix_of(inverse)),
+        matrix=_encode_header(inverse.tensor),
     )
 
 

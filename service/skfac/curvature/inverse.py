@@ -14,8 +14,8 @@ factorizations run in float64, because the error inside the span of the rows is
 about eps·κ with κ = (λ_max + λ)/λ, and the matrices are small.
 """
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol, Self
 
 import torch
 from jaxtyping import Float
@@ -36,6 +36,13 @@ class FactorInverse(Protocol):
     @property
     def dim(self) -> int:
         """The factor's size `d`."""
+
+    @property
+    def tensor(self) -> Tensor:
+        """The one tensor that the inverse is made of besides its damping."""
+
+    def with_tensor(self, tensor: Tensor) -> Self:
+        """The same inverse held in another tensor, such as a copy elsewhere."""
 
     def left(self, matrix: Tensor) -> Tensor:
         """Multiply the inverse from the left onto `matrix` of shape `[d, columns]`."""
@@ -60,6 +67,19 @@ class LowRankInverse:
     def dim(self) -> int:
         """The factor's size `d`."""
         return self.basis.shape[1]
+
+    @property
+    def tensor(self) -> Tensor:
+        """`Vᵀ`."""
+        return self.basis
+
+    def with_tensor(self, tensor: Tensor) -> Self:
+        """Hold the inverse in another tensor.
+
+        Returns:
+            An inverse with the same damping.
+        """
+        return replace(self, basis=tensor)
 
     def left(
         self, matrix: Float[Tensor, "dim columns"]
@@ -98,6 +118,19 @@ class DenseInverse:
     def dim(self) -> int:
         """The factor's size `d`."""
         return self.matrix.shape[0]
+
+    @property
+    def tensor(self) -> Tensor:
+        """The explicit inverse."""
+        return self.matrix
+
+    def with_tensor(self, tensor: Tensor) -> Self:
+        """Hold the inverse in another tensor.
+
+        Returns:
+            An inverse with the same damping.
+        """
+        return replace(self, matrix=tensor)
 
     def left(
         self, matrix: Float[Tensor, "dim columns"]

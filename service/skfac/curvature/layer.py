@@ -4,7 +4,8 @@ Source: Martens & Grosse, "Optimizing Neural Networks with Kronecker-factored
 Approximate Curvature", ICML 2015.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -25,6 +26,23 @@ class LayerPreconditioner:
 
     activations: FactorInverse
     derivatives: FactorInverse
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """The tensors of both inverses, activations first."""
+        return self.activations.tensor, self.derivatives.tensor
+
+    def with_tensors(self, activations: Tensor, derivatives: Tensor) -> Self:
+        """Hold both inverses in other tensors, such as copies elsewhere.
+
+        Returns:
+            A preconditioner with the same damping.
+        """
+        return replace(
+            self,
+            activations=self.activations.with_tensor(activations),
+            derivatives=self.derivatives.with_tensor(derivatives),
+        )
 
     def apply(
         self, gradient: Float[Tensor, "d_out d_in"]

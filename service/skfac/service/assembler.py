@@ -1,0 +1,128 @@
+"""Collects the rows of all ranks for each (layer, step) of one session."""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from skfac.wire.errors import SessionMismatchError
+from skfac.wire.session import SessionSpec
+from skfac.wire.snapshot import LayerRows, Snapshot, SnapshotHeader
+
+
+@dataclass(eq=False)
+class Assembly:
+    """Rows of one (layer, step), rank by rank.
+
+    Attributes:
+        layer: Index in the session's layers.
+        step: Capture step.
+        started_s: When the first rows came.
+        rows: Rows by rank.
+        damping: λ by rank; the lowest rank's counts.
+    """
+
+    layer: int
+    step: int
+    started_s: float
+    rows: dict[int, LayerRows] = field(default_factory=dict)
+    damping: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        tensors = (
+            t for r in self.rows.values() for t in (r.activations, r.derivatives)
+        )
+        return sum(tensor.nbytes for tensor in tensors)
+
+
+class Assembler:
+    """Turns the snapshots of the ranks into complete assemblies.
+
+    An assembly is complete when all ranks' rows are in, or `timeout_s` after the first
+    with those that came. Rows that are here already, or whose assembly has left, are
+    ignored: resending is always safe.
+    """
+
+    def __init__(self, spec: SessionSpec, *, timeout_s: float) -> None:
+        self._spec = spec
+        self._timeout_s = timeout_s
+        self._open: dict[tuple[int, int], Assembly] = {}
+        self._seen: dict[tuple[int, int], deque[int]] = {}  # (rank, layer) -> steps
+        self._left: dict[int, int] = {}  # layer -> newest step that was handed on
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows that wait for other ranks."""
+        return sum(assembly.nbytes for assembly in self._open.values())
+
+    @property
+    def deadline_s(self) -> float | None:
+        """When the oldest assembly times out; None if nothing waits."""
+        starts = (assembly.started_s for assembly in self._open.values())
+        oldest = min(starts, default=None)
+        return None if oldest is None else oldest + self._timeout_s
+
+    def wants(self, header: SnapshotHeader) -> bool:
+        """Check the order of a rank's steps.
+
+        Returns:
+            Whether any of its rows are new.
+
+        Raises:
+            SessionMismatchError: If rows are new and older than the rank's newest.
+        """
+        new = [rows for rows in header.layers if self._is_new(header, rows.layer)]
+        for rows in new:
+            steps = self._seen.get((header.rank, rows.layer))
+            if steps and header.step < steps[-1]:
+                name = self._spec.layers[rows.layer].name
+                raise SessionMismatchError(
+                    f"Rank {header.rank} pushed step {header.step} of layer {name!r} "
+                    f"after step {steps[-1]}; steps must not go backwards."
+                )
+        return bool(new)
+
+    def add(self, snapshot: Snapshot, now_s: float) -> list[Assembly]:
+        """Take a snapshot that is wanted.
+
+        Returns:
+            The assemblies that it completed.
+        """
+        complete = []
+        for rows in snapshot.layers:
+            if not self._is_new(snapshot, rows.layer):
+                continue
+            self._remember(snapshot.rank, rows.layer, snapshot.step)
+            key = rows.layer, snapshot.step
+            if key not in self._open and snapshot.step <= self._left.get(key[0], -1):
+                continue  # solved without this rank after the timeout
+            assembly = self._open.setdefault(key, Assembly(*key, started_s=now_s))
+            assembly.rows[snapshot.rank] = rows
+            assembly.damping[snapshot.rank] = snapshot.damping
+            if len(assembly.rows) == self._spec.world_size:
+                complete.append(self._hand_on(assembly))
+        return complete
+
+    def expired(self, now_s: float) -> list[Assembly]:
+        """Give up waiting for ranks that are too late.
+
+        Returns:
+            The assemblies whose time is over, as they are, oldest step first.
+        """
+        limit_s = now_s - self._timeout_s
+        over = [a for a in self._open.values() if a.started_s <= limit_s]
+        return [self._hand_on(a) for a in sorted(over, key=lambda a: (a.step, a.layer))]
+
+    def _is_new(self, header: SnapshotHeader | Snapshot, layer: int) -> bool:
+        return header.step not in self._seen.get((header.rank, layer), ())
+
+    def _remember(self, rank: int, layer: int, step: int) -> None:
+        # As many as a client may send again after a broken stream.
+        length = self._spec.versions_in_flight + 1
+        self._seen.setdefault((rank, layer), deque(maxlen=length)).append(step)
+
+    def _hand_on(self, assembly: Assembly) -> Assembly:
+        del self._open[assembly.layer, assembly.step]
+        newest = max(assembly.step, self._left.get(assembly.layer, -1))
+        self._left[assembly.layer] = newest
+        return assembly

@@ -1,0 +1,163 @@
+"""The seam between fronts and computation: what every engine can do."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from skfac.wire.outcome import Outcome
+from skfac.wire.session import SessionSpec
+from skfac.wire.snapshot import Snapshot, SnapshotHeader
+
+
+@dataclass(frozen=True)
+class SessionGrant:
+    """What a rank gets when it opens a session.
+
+    Attributes:
+        session_id: Names the session in all other calls.
+        lease_s: How long the session lives without a call or an open subscription.
+        max_snapshot_bytes: Largest payload of one snapshot.
+    """
+
+    session_id: str
+    lease_s: float
+    max_snapshot_bytes: int
+
+
+@dataclass(frozen=True)
+class LatencySummary:
+    """Quantiles of the latest latencies, in seconds."""
+
+    count: int
+    p50_s: float
+    p99_s: float
+
+
+@dataclass(frozen=True)
+class LayerStatus:
+    """A layer and the newest version that was solved of it, if any."""
+
+    name: str
+    newest_step: int | None
+    rows: int
+
+
+@dataclass(frozen=True)
+class SessionStatus:
+    """One session as `skfac status` shows it."""
+
+    job: str
+    world_size: int
+    open_ranks: int
+    age_s: float
+    layers: tuple[LayerStatus, ...]
+    solved: int
+    superseded: int
+    failed: int
+    refused: int
+    queued: int
+    inversion: LatencySummary
+
+
+@dataclass(frozen=True)
+class EngineStatus:
+    """What an engine holds."""
+
+    device: str
+    uptime_s: float
+    sessions: tuple[SessionStatus, ...]
+
+
+class Subscription(Protocol):
+    """The outcomes of one session as one rank receives them."""
+
+    def take(self, timeout_s: float) -> list[Outcome]:
+        """Wait for outcomes that were not taken yet.
+
+        Returns:
+            They in the order they were published; empty after `timeout_s`.
+
+        Raises:
+            SessionNotFoundError: If the session is closed.
+            ServerUnavailableError: If the engine is closed.
+        """
+
+    def close(self) -> None:
+        """Stop receiving; idempotent."""
+
+
+class Engine(Protocol):
+    """Takes snapshots, inverts their factors and publishes versions, in its own time.
+
+    All methods may be called from any thread, and none waits for a computation.
+    """
+
+    def open_session(self, spec: SessionSpec, rank: int) -> SessionGrant:
+        """Open or join the session of a job; idempotent.
+
+        Raises:
+            InvalidRequestError: If `rank` is outside the world.
+            SessionMismatchError: If the job's session has another specification.
+            LimitExceededError: If there are too many sessions or layers.
+            ServerUnavailableError: If the engine is closing.
+        """
+
+    def admit(self, session_id: str, header: SnapshotHeader) -> bool:
+        """Check a snapshot before its payload is received.
+
+        Returns:
+            False if all of its rows are here already: the payload is not needed.
+
+        Raises:
+            SessionNotFoundError: If the session is unknown.
+            InvalidRequestError: If a shape, dtype or the damping is wrong.
+            SessionMismatchError: If its step is older than the rank's newest.
+            LimitExceededError: If it is over a limit.
+            ServerUnavailableError: If the engine is closing.
+        """
+
+    def submit(self, session_id: str, snapshot: Snapshot) -> bool:
+        """Take the rows of a snapshot; they must not change afterwards.
+
+        Returns:
+            False if all of its rows were here already.
+
+        Raises:
+            SessionNotFoundError: If the session is unknown.
+            InvalidRequestError: If it would not be admitted, or has NaN or infinite
+                rows.
+            SessionMismatchError: If its step is older than the rank's newest.
+            LimitExceededError: If it is over a limit.
+            ServerUnavailableError: If the engine is closing.
+        """
+
+    def subscribe(self, session_id: str, held: Mapping[int, int]) -> Subscription:
+        """Receive outcomes, beginning with those newer than `held`.
+
+        Args:
+            session_id: The session.
+            held: Newest step held, by layer index.
+
+        Raises:
+            SessionNotFoundError: If the session is unknown.
+        """
+
+    def close_session(self, session_id: str, rank: int) -> None:
+        """Take one rank out; the last one closes the session. Idempotent."""
+
+    def status(self, session_id: str = "") -> EngineStatus:
+        """Describe one session, or all.
+
+        Raises:
+            SessionNotFoundError: If a session is named and unknown.
+        """
+
+    def drain(self, timeout_s: float) -> bool:
+        """Refuse new work and wait until what was accepted is published.
+
+        Returns:
+            Whether everything was published in time.
+        """
+
+    def close(self) -> None:
+        """Stop all work and end all subscriptions; idempotent."""

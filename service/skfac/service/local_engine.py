@@ -1,0 +1,320 @@
+"""The engine: assembles, schedules, solves and publishes on one thread of its own."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+
+from skfac.service.assembler import Assembly
+from skfac.service.config import EngineConfig
+from skfac.service.engine import EngineStatus, SessionGrant
+from skfac.service.metrics import Metrics
+from skfac.service.scheduler import Scheduler, Task
+from skfac.service.session import Session
+from skfac.service.sessions import Sessions
+from skfac.service.solver import Solution, Solver
+from skfac.service.subscription import LocalSubscription
+from skfac.wire.errors import (
+    InvalidRequestError,
+    LimitExceededError,
+    ServerUnavailableError,
+    ServiceError,
+    SessionNotFoundError,
+    status_of,
+)
+from skfac.wire.outcome import Loss, Outcome, Version
+from skfac.wire.session import SessionSpec
+from skfac.wire.snapshot import Snapshot, SnapshotHeader
+
+logger = logging.getLogger(__name__)
+
+
+class LocalEngine:
+    """An `Engine` in this process; see the protocol for what its methods promise.
+
+    One lock guards all bookkeeping, which takes microseconds; everything that takes
+    longer (checking rows, inverting, encoding) happens outside of it.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig | None = None,
+        metrics: Metrics | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config = config or EngineConfig()
+        self._metrics = metrics or Metrics()
+        self._clock = clock
+        self._started_s = clock()
+        self._changed = threading.Condition()
+        self._sessions = Sessions(self._config)
+        self._scheduler = Scheduler()
+        self._solver = Solver(self._config.device)
+        self._solving = self._draining = self._closed = False
+        self._thread = threading.Thread(
+            target=self._run, name="skfac-engine", daemon=True
+        )
+        self._thread.start()
+
+    # ---------------------------------------------------------------- calls
+
+    def open_session(self, spec: SessionSpec, rank: int) -> SessionGrant:
+        """Open or join the session of a job; idempotent.
+
+        Returns:
+            The session's name and limits.
+
+        Raises:
+            ServiceError: As `Engine.open_session` lists them.
+        """
+        with self._changed:
+            self._check_open()
+            self._sessions.check(spec, rank)
+            session = self._sessions.of_job(spec.job)
+            if session is not None and session.spec.instance != spec.instance:
+                self._sessions.replace(session)
+                self._forget(session)
+                session = None
+            if session is None:
+                session = self._sessions.open(spec, self._clock())
+                self._metrics.sessions.set(len(self._sessions))
+            session.open_ranks.add(rank)
+            session.last_seen_s = self._clock()
+        return SessionGrant(
+            session.session_id, self._config.lease_s, self._config.max_snapshot_bytes
+        )
+
+    def admit(self, session_id: str, header: SnapshotHeader) -> bool:
+        """Check a snapshot before its payload is received.
+
+        Returns:
+            False if all of its rows are here already.
+
+        Raises:
+            ServiceError: As `Engine.admit` lists them.
+        """
+        with self._changed:
+            session = self._touch(session_id)
+            try:
+                session.check(header)
+                wanted = session.assembler.wants(header)
+                self._check_quota(session, header)
+            except ServiceError as error:
+                self._count_refused(session, error)
+                raise
+            return wanted
+
+    def submit(self, session_id: str, snapshot: Snapshot) -> bool:
+        """Take the rows of a snapshot; they must not change afterwards.
+
+        Returns:
+            False if all of its rows were here already.
+
+        Raises:
+            ServiceError: As `Engine.submit` lists them.
+        """
+        if not self.admit(session_id, snapshot.header):
+            return False
+        bad = _first_bad_rows(snapshot)
+        with self._changed:
+            session = self._touch(session_id)
+            if bad is not None:
+                layer, side = session.spec.layers[bad[0]].name, bad[1]
+                error = InvalidRequestError(
+                    f"The {side} of layer {layer!r} at step {snapshot.step} have NaN "
+                    "or infinite entries; the whole snapshot is dropped."
+                )
+                self._count_refused(session, error)
+                raise error
+            nbytes = sum(tensor.nbytes for tensor in snapshot.tensors)
+            self._metrics.received_bytes.labels(session.spec.job).inc(nbytes)
+            for assembly in session.assembler.add(snapshot, self._clock()):
+                self._enqueue(session, assembly)
+            self._changed.notify_all()
+        return True
+
+    def subscribe(self, session_id: str, held: Mapping[int, int]) -> LocalSubscription:
+        """Receive outcomes, beginning with those newer than `held`.
+
+        Returns:
+            The subscription; close it.
+
+        Raises:
+            ServiceError: As `Engine.subscribe` lists them.
+        """
+        with self._changed:
+            session = self._touch(session_id)
+            return LocalSubscription(session, held, self._changed, self._clock)
+
+    def close_session(self, session_id: str, rank: int) -> None:
+        """Take one rank out; the last one closes the session. Idempotent."""
+        with self._changed:
+            try:
+                session = self._sessions.find(session_id)
+            except SessionNotFoundError:
+                return
+            session.open_ranks.discard(rank)
+            if not session.open_ranks:
+                self._close_session(session, "All ranks have left.")
+
+    def status(self, session_id: str = "") -> EngineStatus:
+        """Describe one session, or all.
+
+        Returns:
+            What the engine holds.
+
+        Raises:
+            SessionNotFoundError: If a session is named and unknown.
+        """
+        with self._changed:
+            now_s = self._clock()
+            named = [self._sessions.find(session_id)] if session_id else self._sessions
+            sessions = tuple(
+                s.status(now_s, self._scheduler.queued(s.session_id)) for s in named
+            )
+            uptime_s = now_s - self._started_s
+            return EngineStatus(self._config.device, uptime_s, sessions)
+
+    def drain(self, timeout_s: float) -> bool:
+        """Refuse new work and wait until what was accepted is published.
+
+        Returns:
+            Whether everything was published in time.
+        """
+        with self._changed:
+            self._draining = True
+            return self._changed.wait_for(
+                lambda: not self._solving and not len(self._scheduler), timeout_s
+            )
+
+    def close(self) -> None:
+        """Stop all work and end all subscriptions; idempotent."""
+        with self._changed:
+            self._draining = self._closed = True
+            for session in self._sessions:
+                why = ServerUnavailableError("The server is stopping.")
+                self._sessions.close(session, why)
+            self._changed.notify_all()
+        self._thread.join()
+
+    # ---------------------------------------------------------------- the thread
+
+    def _run(self) -> None:
+        while (task := self._next_task()) is not None:
+            began_s = self._clock()
+            try:
+                solution = self._solver.solve(task)
+            except Exception as error:  # a bug must not cost the other sessions
+                logger.exception("The solver failed.")
+                layer, step = task.assembly.layer, task.assembly.step
+                text = f"{type(error).__name__}: {error}"
+                solution = Solution(Loss(layer, step, "failed", text), 0)
+            with self._changed:
+                self._solving = False
+                self._publish(task, solution, began_s)
+                self._changed.notify_all()
+
+    def _next_task(self) -> Task | None:
+        with self._changed:
+            while not self._closed:
+                self._look_at_deadlines()
+                task = self._scheduler.take()
+                self._metrics.queue_depth.set(len(self._scheduler))
+                if task is not None:
+                    self._solving = True
+                    return task
+                self._changed.wait(self._until_deadline_s())
+        return None
+
+    def _look_at_deadlines(self) -> None:
+        now_s = self._clock()
+        for session in self._sessions:
+            for assembly in session.assembler.expired(now_s):
+                self._enqueue(session, assembly)
+            lease_ends_s = session.lease_ends_s()
+            if lease_ends_s is not None and lease_ends_s <= now_s:
+                lease = f"Its lease of {self._config.lease_s:g} s ran out."
+                self._close_session(session, lease)
+
+    def _until_deadline_s(self) -> float | None:
+        ends = [session.lease_ends_s() for session in self._sessions]
+        ends += [session.assembler.deadline_s for session in self._sessions]
+        nearest = min((end for end in ends if end is not None), default=None)
+        return None if nearest is None else max(nearest - self._clock(), 0.0)
+
+    def _publish(self, task: Task, solution: Solution, began_s: float) -> None:
+        job, now_s = task.spec.job, self._clock()
+        session = self._sessions.of_job(job)
+        if session is None or session.session_id != task.session_id:
+            return  # closed while the solver was at it
+        stages = self._metrics.stage_s
+        assembled_s = task.queued_s - task.assembly.started_s
+        stages.labels(job, "assemble").observe(assembled_s)
+        stages.labels(job, "queue").observe(began_s - task.queued_s)
+        stages.labels(job, "solve").observe(now_s - began_s)
+        self._metrics.retries.labels(job).inc(solution.retries)
+        if isinstance(solution.outcome, Version):
+            latency_s = now_s - task.queued_s
+            session.latencies_s.append(latency_s)
+            self._metrics.inversion_s.labels(job).observe(latency_s)
+        elif solution.outcome.reason == "failed":
+            logger.warning("Job %r: %s", job, solution.outcome.message)
+        self._record(session, solution.outcome)
+
+    # ---------------------------------------------------------------- bookkeeping
+
+    def _enqueue(self, session: Session, assembly: Assembly) -> None:
+        task = Task(session.session_id, session.spec, assembly, self._clock())
+        for old in self._scheduler.add(task):
+            layer, step = old.assembly.layer, old.assembly.step
+            text = f"Step {assembly.step} came before step {step} was solved."
+            self._record(session, Loss(layer, step, "superseded", text))
+
+    def _record(self, session: Session, outcome: Outcome) -> None:
+        name = "solved" if isinstance(outcome, Version) else outcome.reason
+        session.outcomes[name] += 1
+        self._metrics.outcomes.labels(session.spec.job, name).inc()
+        session.publisher.publish(outcome)
+
+    def _close_session(self, session: Session, why: str) -> None:
+        self._sessions.close(session, SessionNotFoundError(why))
+        self._forget(session)
+
+    def _forget(self, session: Session) -> None:
+        self._scheduler.drop_session(session.session_id)
+        self._metrics.forget_session(session.spec.job)
+        self._metrics.sessions.set(len(self._sessions))
+        self._changed.notify_all()
+
+    def _check_open(self) -> None:
+        if self._draining:
+            raise ServerUnavailableError("The server is stopping.")
+
+    def _touch(self, session_id: str) -> Session:
+        self._check_open()
+        session = self._sessions.find(session_id)
+        session.last_seen_s = self._clock()
+        return session
+
+    def _check_quota(self, session: Session, header: SnapshotHeader) -> None:
+        held = session.assembler.nbytes + self._scheduler.nbytes(session.session_id)
+        declared = sum(tensor.nbytes for tensor in header.tensors)
+        if held + declared > self._config.max_session_bytes:
+            raise LimitExceededError(
+                f"Job {session.spec.job!r} has {held} bytes of rows that are not "
+                f"solved yet; {declared} more are over max_session_bytes = "
+                f"{self._config.max_session_bytes}."
+            )
+
+    def _count_refused(self, session: Session, error: ServiceError) -> None:
+        session.refused += 1
+        self._metrics.refused.labels(session.spec.job, status_of(error).name).inc()
+        logger.info("Job %r: refused: %s", session.spec.job, error)
+
+
+def _first_bad_rows(snapshot: Snapshot) -> tuple[int, str] | None:
+    for rows in snapshot.layers:
+        for side in ("activations", "derivatives"):
+            if not getattr(rows, side).isfinite().all():
+                return rows.layer, side
+    return None

@@ -1,0 +1,75 @@
+"""What a server counts and times, in base units, under the prefix `skfac_`."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+_SECONDS = (
+    5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2,
+    0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0,
+)  # fmt: skip
+
+
+class Metrics:
+    """One server's metrics in a registry of their own.
+
+    The label `session` is the job's name; it is bounded by the limit on sessions, and
+    a session's series go away with it.
+    """
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        session = ("session",)
+        self.inversion_s = self._histogram(
+            "skfac_inversion_seconds",
+            "From the last rank's rows of a (layer, step) to its published version.",
+            session,
+        )
+        self.stage_s = self._histogram(
+            "skfac_stage_seconds",
+            "Where that time goes: receive, assemble, queue, solve.",
+            ("session", "stage"),
+        )
+        self.received_bytes = self._counter(
+            "skfac_received_bytes", "Payload of accepted snapshots.", session
+        )
+        self.sent_bytes = self._counter(
+            "skfac_sent_bytes", "Frames of outcomes, once for each rank.", session
+        )
+        self.outcomes = self._counter(
+            "skfac_outcomes",
+            "What became of (layer, step)s: solved, superseded, failed, empty.",
+            ("session", "outcome"),
+        )
+        self.retries = self._counter(
+            "skfac_retries", "Inversions tried again with more damping.", session
+        )
+        self.refused = self._counter(
+            "skfac_refused", "Snapshots refused, by status.", ("session", "status")
+        )
+        self.queue_depth = Gauge(
+            "skfac_queue_depth",
+            "Complete (layer, step)s that wait for the solver.",
+            registry=self.registry,
+        )
+        self.sessions = Gauge(
+            "skfac_sessions", "Sessions that are open.", registry=self.registry
+        )
+
+    def forget_session(self, job: str) -> None:
+        """Remove a session's series."""
+        per_session: list[Counter | Histogram] = [
+            self.inversion_s,
+            self.stage_s,
+            self.received_bytes,
+            self.sent_bytes,
+            self.outcomes,
+            self.retries,
+            self.refused,
+        ]
+        for metric in per_session:
+            metric.remove_by_labels({"session": job})
+
+    def _counter(self, name: str, text: str, labels: tuple[str, ...]) -> Counter:
+        return Counter(name, text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, labels: tuple[str, ...]) -> Histogram:
+        return Histogram(name, text, labels, buckets=_SECONDS, registry=self.registry)

@@ -1,0 +1,120 @@
+"""The open sessions of an engine: who joins, who is replaced, whose lease ran out."""
+
+import logging
+import secrets
+from collections import deque
+from collections.abc import Iterator
+
+from skfac.service.config import EngineConfig
+from skfac.service.session import Session
+from skfac.wire.errors import (
+    InvalidRequestError,
+    LimitExceededError,
+    ServiceError,
+    SessionMismatchError,
+    SessionNotFoundError,
+)
+from skfac.wire.session import SessionSpec
+
+logger = logging.getLogger(__name__)
+
+_REPLACED_REMEMBERED = 1024
+
+
+class Sessions:
+    """Sessions by their id; at most one for each job. The engine's lock guards it."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._by_id: dict[str, Session] = {}
+        # Else two runs with one name would go on replacing each other.
+        self._replaced: deque[tuple[str, str]] = deque(maxlen=_REPLACED_REMEMBERED)
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def __iter__(self) -> Iterator[Session]:
+        return iter(list(self._by_id.values()))
+
+    def find(self, session_id: str) -> Session:
+        """Look a session up.
+
+        Returns:
+            The open session.
+
+        Raises:
+            SessionNotFoundError: If there is none with this id.
+        """
+        session = self._by_id.get(session_id)
+        if session is None:
+            raise SessionNotFoundError(
+                "There is no such session; it was closed or its lease ran out."
+            )
+        return session
+
+    def of_job(self, job: str) -> Session | None:
+        """Look a job's session up.
+
+        Returns:
+            Its open session, or None.
+        """
+        return next((s for s in self._by_id.values() if s.spec.job == job), None)
+
+    def check(self, spec: SessionSpec, rank: int) -> None:
+        """Check that a rank may open or join the session of its job.
+
+        Raises:
+            InvalidRequestError: If `rank` is outside the world.
+            SessionMismatchError: If the job's session has another specification, or a
+                newer run of the job has replaced this one.
+            LimitExceededError: If there are too many sessions or layers.
+        """
+        if not 0 <= rank < spec.world_size:
+            raise InvalidRequestError(
+                f"Rank {rank} is outside the world of {spec.world_size}."
+            )
+        if (spec.job, spec.instance) in self._replaced:
+            raise SessionMismatchError(
+                f"Job {spec.job!r} was started again; this run of it is over. Give "
+                "runs that are meant to go on side by side different job names."
+            )
+        if len(spec.layers) > self._config.max_layers:
+            raise LimitExceededError(
+                f"Job {spec.job!r} declares {len(spec.layers)} layers; max_layers = "
+                f"{self._config.max_layers}."
+            )
+        session = self.of_job(spec.job)
+        if session is None and len(self._by_id) >= self._config.max_sessions:
+            raise LimitExceededError(
+                f"There are {len(self._by_id)} sessions; max_sessions = "
+                f"{self._config.max_sessions}."
+            )
+        if session is not None and session.spec.instance == spec.instance:
+            difference = session.spec.first_difference(spec)
+            if difference is not None:
+                raise SessionMismatchError(
+                    f"Rank {rank} of job {spec.job!r} differs from its session: "
+                    f"{difference}."
+                )
+
+    def open(self, spec: SessionSpec, now_s: float) -> Session:
+        """Open the session of a job that has none.
+
+        Returns:
+            The new session.
+        """
+        session = Session(secrets.token_hex(16), spec, self._config, now_s)
+        self._by_id[session.session_id] = session
+        logger.info("Job %r opened: %d layers.", spec.job, len(spec.layers))
+        return session
+
+    def replace(self, session: Session) -> None:
+        """Close a session because its job was started again."""
+        self._replaced.append((session.spec.job, session.spec.instance))
+        self.close(session, SessionNotFoundError("The job was started again."))
+
+    def close(self, session: Session, why: ServiceError) -> None:
+        """Close a session and tell its subscribers why."""
+        del self._by_id[session.session_id]
+        session.end = why
+        logger.info("Job %r closed: %s", session.spec.job, why)

@@ -1,0 +1,234 @@
+"""K-FAC from the library's rows against exact curvature, where the two must agree.
+
+Source: Dangel et al., "Kronecker-factored Approximate Curvature (KFAC) From Scratch",
+arXiv 2507.05127: every case below is one where K-FAC is known to be exact.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from skfac.curvature.geometry import LayerGeometry
+from skfac.curvature.inverse import invert_factor
+from tests.support.dense import (
+    Loss,
+    divisor,
+    empirical_fisher_block,
+    geometry_for,
+    ggn_block,
+    hessian_roots,
+    normal,
+    relative_error,
+)
+
+EXACT = 1e-9
+BIAS = pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+REDUCTION = pytest.mark.parametrize("reduction", ["mean", "sum"])
+POOL = pytest.mark.parametrize("pool", [torch.mean, torch.sum], ids=["mean", "sum"])
+
+
+class Pool(nn.Module):
+    """The mean or the sum over the given dimensions."""
+
+    def __init__(self, pool, dims):
+        super().__init__()
+        self.pool, self.dims = pool, dims
+
+    def forward(self, outputs):
+        return self.pool(outputs, self.dims)
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """One forward pass as a layer saw it."""
+
+    geometry: LayerGeometry
+    inputs: Tensor
+    outputs: Tensor
+    predictions: Tensor
+
+    def block(self, vectors: list[Tensor], loss: Loss) -> Tensor:
+        """`G ⊗ A`, where G sums over `vectors` and both average over the batch.
+
+        Each vector is a derivative of the per-sample losses for the predictions. It
+        is divided by what the loss divides by, as in a training step; `scale` must
+        undo that. A factor is `XᵀX / rows` and there are `batch · len(vectors)` rows,
+        so each row is multiplied by `√len(vectors)` to leave a sum over the vectors.
+        The block is that of the mean of the per-sample losses; a loss that adds them
+        has `batch` times that curvature.
+        """
+        batch, scale = len(self.predictions), divisor(loss, len(self.predictions))
+        rows = []
+        for vector in vectors:
+            (derivatives,) = torch.autograd.grad(
+                self.predictions, self.outputs, vector / scale, retain_graph=True
+            )
+            rows.append(self.geometry.derivative_rows(derivatives, scale=scale))
+        activations = self.geometry.activation_rows(self.inputs.detach())
+        return torch.kron(
+            inverted_factor(torch.cat(rows) * len(vectors) ** 0.5),
+            inverted_factor(activations),
+        ) * (batch / scale)
+
+
+def inverted_factor(rows):
+    """The factor as `invert_factor` means it, read back from its inverse."""
+    identity = torch.eye(rows.shape[1], dtype=rows.dtype)
+    return invert_factor(rows, damping=1.0).left(identity).inverse() - identity
+
+
+def record(model, layer, inputs):
+    module, seen = model.get_submodule(layer), []
+    with module.register_forward_hook(lambda _, args, out: seen.append((args[0], out))):
+        predictions = model(inputs)
+    ((layer_inputs, layer_outputs),) = seen
+    return Recording(geometry_for(module), layer_inputs, layer_outputs, predictions)
+
+
+def type2_kfac(model, layer, inputs, targets, loss):
+    """K-FAC of the GGN: backpropagate the columns of the loss Hessian's root."""
+    recording = record(model, layer, inputs)
+    roots = hessian_roots(loss, recording.predictions.detach(), targets)
+    return recording.block(list(roots.unbind(-1)), loss)
+
+
+def empirical_kfac(model, layer, inputs, targets, loss):
+    """K-FAC of the empirical Fisher: backpropagate the gradient of the loss."""
+    recording = record(model, layer, inputs)
+    predictions = recording.predictions.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(predictions, targets), predictions)
+    return recording.block([gradient * divisor(loss, len(inputs))], loss)
+
+
+def weighted_layers(model):
+    return [name for name, module in model.named_modules() if hasattr(module, "weight")]
+
+
+def layer_errors(kfac, exact, model, *batch):
+    """Relative error of the K-FAC block of every layer, by name."""
+    return {
+        layer: relative_error(kfac(model, layer, *batch), exact(model, layer, *batch))
+        for layer in weighted_layers(model)
+    }
+
+
+def linear_net(*dims, bias, between=None):
+    layers: list[nn.Module] = []
+    for d_in, d_out in zip(dims, dims[1:], strict=False):
+        layers.append(nn.Linear(d_in, d_out, bias=bias, dtype=torch.float64))
+        layers.extend([between] if between and d_out != dims[-1] else [])
+    return nn.Sequential(*layers)
+
+
+@BIAS
+@REDUCTION
+@pytest.mark.parametrize(
+    ("loss_type", "target"),
+    [
+        (nn.MSELoss, normal(1, 2, seed=7)),
+        (nn.CrossEntropyLoss, torch.tensor([1])),
+    ],
+    ids=["mse", "cross-entropy"],
+)
+@pytest.mark.parametrize(
+    ("kfac", "exact"),
+    [(type2_kfac, ggn_block), (empirical_kfac, empirical_fisher_block)],
+    ids=["type-2", "empirical"],
+)
+def test_one_datum_is_exact(kfac, exact, loss_type, target, reduction, bias):
+    model = linear_net(5, 4, 4, 2, bias=bias, between=nn.Tanh())
+    loss = loss_type(reduction=reduction)
+
+    errors = layer_errors(kfac, exact, model, normal(1, 5), target, loss)
+
+    assert len(errors) == 3
+    assert max(errors.values()) < EXACT, errors
+
+
+@BIAS
+@REDUCTION
+def test_deep_linear_net_is_exact_for_type_2_only(reduction, bias):
+    model = linear_net(4, 3, 3, 2, bias=bias)
+    batch = normal(6, 4), normal(6, 2, seed=1), nn.MSELoss(reduction=reduction)
+
+    type2 = layer_errors(type2_kfac, ggn_block, model, *batch)
+    empirical = layer_errors(empirical_kfac, empirical_fisher_block, model, *batch)
+
+    assert len(type2) == 3
+    assert max(type2.values()) < EXACT, type2
+    assert min(empirical.values()) > 0.05, empirical
+
+
+@BIAS
+@POOL
+@REDUCTION
+@pytest.mark.parametrize("positions", [(5,), (2, 3)], ids=["sequence", "grid"])
+def test_pooled_positions_are_exact(positions, reduction, pool, bias):
+    dims = tuple(range(1, 1 + len(positions)))
+    model = linear_net(4, 3, 3, 2, bias=bias).append(Pool(pool, dims))
+    batch = normal(6, *positions, 4), normal(6, 2, seed=1)
+
+    errors = layer_errors(
+        type2_kfac, ggn_block, model, *batch, nn.MSELoss(reduction=reduction)
+    )
+
+    assert len(errors) == 3
+    assert max(errors.values()) < EXACT, errors
+
+
+# `reduce` replaces Σ_s g_s x_sᵀ by (Σ_s g_s)(mean_s x_s)ᵀ, exact when g_s is the same at
+# every position: under a pool always, under a second convolution only if each of its
+# inputs meets each kernel entry once.
+UNIFORM_SECOND = {
+    "1x1": nn.Conv2d(3, 2, 1),
+    "circular-same": nn.Conv2d(3, 2, (3, 2), padding="same", padding_mode="circular"),
+    "circular-dilated": nn.Conv2d(
+        3, 2, 2, padding="same", dilation=(2, 1), padding_mode="circular"
+    ),
+}
+UNEVEN_SECOND = {
+    "unpadded": nn.Conv2d(3, 2, (2, 3)),
+    "strided": nn.Conv2d(3, 2, (2, 3), stride=(2, 1), padding=1),
+    "dilated": nn.Conv2d(3, 2, 2, dilation=(1, 2), padding=(0, 2)),
+}
+
+
+def conv_errors(second, *, reduction, pool, bias):
+    first = nn.Conv2d(2, 3, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2))
+    if not bias:
+        for conv in (first, second):
+            conv.register_parameter("bias", None)
+    model = nn.Sequential(first, second, Pool(pool, (2, 3))).double()
+    batch = normal(4, 2, 7, 6), normal(4, 2, seed=1)
+    return layer_errors(
+        type2_kfac, ggn_block, model, *batch, nn.MSELoss(reduction=reduction)
+    )
+
+
+@BIAS
+@POOL
+@REDUCTION
+@pytest.mark.parametrize("second", UNIFORM_SECOND)
+def test_pooled_convolutions_are_exact(second, reduction, pool, bias):
+    conv = copy.deepcopy(UNIFORM_SECOND[second])
+
+    errors = conv_errors(conv, reduction=reduction, pool=pool, bias=bias)
+
+    assert len(errors) == 2
+    assert max(errors.values()) < EXACT, errors
+
+
+@BIAS
+@POOL
+@REDUCTION
+@pytest.mark.parametrize("second", UNEVEN_SECOND)
+def test_only_the_last_convolution_is_exact_in_general(second, reduction, pool, bias):
+    conv = copy.deepcopy(UNEVEN_SECOND[second])
+
+    first, last = conv_errors(conv, reduction=reduction, pool=pool, bias=bias).values()
+
+    assert last < EXACT
+    assert first > 1e-3
