@@ -5,14 +5,12 @@ arXiv 2507.05127: every case below is one where K-FAC is known to be exact.
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-from skfac.curvature.geometry import LayerGeometry
-from skfac.curvature.inverse import invert_factor
 from tests.support.dense import (
     Loss,
     divisor,
@@ -23,6 +21,12 @@ from tests.support.dense import (
     normal,
     relative_error,
 )
+from torch import Tensor, nn
+
+from skfac.curvature.geometry import LayerGeometry
+from skfac.curvature.inverse import invert_factor
+
+Curvature = Callable[[nn.Module, str, Tensor, Tensor, Loss], Tensor]
 
 EXACT = 1e-9
 BIAS = pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
@@ -33,11 +37,11 @@ POOL = pytest.mark.parametrize("pool", [torch.mean, torch.sum], ids=["mean", "su
 class Pool(nn.Module):
     """The mean or the sum over the given dimensions."""
 
-    def __init__(self, pool, dims):
+    def __init__(self, pool: Callable[..., Tensor], dims: tuple[int, ...]):
         super().__init__()
         self.pool, self.dims = pool, dims
 
-    def forward(self, outputs):
+    def forward(self, outputs: Tensor) -> Tensor:
         return self.pool(outputs, self.dims)
 
 
@@ -74,13 +78,13 @@ class Recording:
         ) * (batch / scale)
 
 
-def inverted_factor(rows):
+def inverted_factor(rows: Tensor) -> Tensor:
     """The factor as `invert_factor` means it, read back from its inverse."""
     identity = torch.eye(rows.shape[1], dtype=rows.dtype)
     return invert_factor(rows, damping=1.0).left(identity).inverse() - identity
 
 
-def record(model, layer, inputs):
+def record(model: nn.Module, layer: str, inputs: Tensor) -> Recording:
     module, seen = model.get_submodule(layer), []
     with module.register_forward_hook(lambda _, args, out: seen.append((args[0], out))):
         predictions = model(inputs)
@@ -88,14 +92,18 @@ def record(model, layer, inputs):
     return Recording(geometry_for(module), layer_inputs, layer_outputs, predictions)
 
 
-def type2_kfac(model, layer, inputs, targets, loss):
+def type2_kfac(
+    model: nn.Module, layer: str, inputs: Tensor, targets: Tensor, loss: Loss
+) -> Tensor:
     """K-FAC of the GGN: backpropagate the columns of the loss Hessian's root."""
     recording = record(model, layer, inputs)
     roots = hessian_roots(loss, recording.predictions.detach(), targets)
     return recording.block(list(roots.unbind(-1)), loss)
 
 
-def empirical_kfac(model, layer, inputs, targets, loss):
+def empirical_kfac(
+    model: nn.Module, layer: str, inputs: Tensor, targets: Tensor, loss: Loss
+) -> Tensor:
     """K-FAC of the empirical Fisher: backpropagate the gradient of the loss."""
     recording = record(model, layer, inputs)
     predictions = recording.predictions.detach().requires_grad_()
@@ -103,21 +111,31 @@ def empirical_kfac(model, layer, inputs, targets, loss):
     return recording.block([gradient * divisor(loss, len(inputs))], loss)
 
 
-def weighted_layers(model):
+def weighted_layers(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if hasattr(module, "weight")]
 
 
-def layer_errors(kfac, exact, model, *batch):
+def layer_errors(
+    kfac: Curvature,
+    exact: Curvature,
+    model: nn.Module,
+    batch: tuple[Tensor, Tensor],
+    loss: Loss,
+) -> dict[str, float]:
     """Relative error of the K-FAC block of every layer, by name."""
     return {
-        layer: relative_error(kfac(model, layer, *batch), exact(model, layer, *batch))
+        layer: relative_error(
+            kfac(model, layer, *batch, loss), exact(model, layer, *batch, loss)
+        )
         for layer in weighted_layers(model)
     }
 
 
-def linear_net(*dims, bias, between=None):
+def linear_net(
+    *dims: int, bias: bool, between: nn.Module | None = None
+) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for d_in, d_out in zip(dims, dims[1:], strict=False):
+    for d_in, d_out in pairwise(dims):
         layers.append(nn.Linear(d_in, d_out, bias=bias, dtype=torch.float64))
         layers.extend([between] if between and d_out != dims[-1] else [])
     return nn.Sequential(*layers)
@@ -142,7 +160,7 @@ def test_one_datum_is_exact(kfac, exact, loss_type, target, reduction, bias):
     model = linear_net(5, 4, 4, 2, bias=bias, between=nn.Tanh())
     loss = loss_type(reduction=reduction)
 
-    errors = layer_errors(kfac, exact, model, normal(1, 5), target, loss)
+    errors = layer_errors(kfac, exact, model, (normal(1, 5), target), loss)
 
     assert len(errors) == 3
     assert max(errors.values()) < EXACT, errors
@@ -152,10 +170,10 @@ def test_one_datum_is_exact(kfac, exact, loss_type, target, reduction, bias):
 @REDUCTION
 def test_deep_linear_net_is_exact_for_type_2_only(reduction, bias):
     model = linear_net(4, 3, 3, 2, bias=bias)
-    batch = normal(6, 4), normal(6, 2, seed=1), nn.MSELoss(reduction=reduction)
+    batch, loss = (normal(6, 4), normal(6, 2, seed=1)), nn.MSELoss(reduction=reduction)
 
-    type2 = layer_errors(type2_kfac, ggn_block, model, *batch)
-    empirical = layer_errors(empirical_kfac, empirical_fisher_block, model, *batch)
+    type2 = layer_errors(type2_kfac, ggn_block, model, batch, loss)
+    empirical = layer_errors(empirical_kfac, empirical_fisher_block, model, batch, loss)
 
     assert len(type2) == 3
     assert max(type2.values()) < EXACT, type2
@@ -172,16 +190,17 @@ def test_pooled_positions_are_exact(positions, reduction, pool, bias):
     batch = normal(6, *positions, 4), normal(6, 2, seed=1)
 
     errors = layer_errors(
-        type2_kfac, ggn_block, model, *batch, nn.MSELoss(reduction=reduction)
+        type2_kfac, ggn_block, model, batch, nn.MSELoss(reduction=reduction)
     )
 
     assert len(errors) == 3
     assert max(errors.values()) < EXACT, errors
 
 
-# `reduce` replaces Σ_s g_s x_sᵀ by (Σ_s g_s)(mean_s x_s)ᵀ, exact when g_s is the same at
-# every position: under a pool always, under a second convolution only if each of its
-# inputs meets each kernel entry once.
+# `reduce` replaces Σ_s g_s x_sᵀ by (Σ_s g_s)(mean_s x_s)ᵀ, exact when g_s is the same
+# at every position: under a pool always, under a second convolution only if each of
+# its inputs meets each kernel entry once. A sum pool has S times the g_s of a mean
+# pool, and the GGN S² times the curvature: no scale is left to choose.
 UNIFORM_SECOND = {
     "1x1": nn.Conv2d(3, 2, 1),
     "circular-same": nn.Conv2d(3, 2, (3, 2), padding="same", padding_mode="circular"),
@@ -196,7 +215,9 @@ UNEVEN_SECOND = {
 }
 
 
-def conv_errors(second, *, reduction, pool, bias):
+def conv_errors(
+    second: nn.Conv2d, *, reduction: str, pool: Callable[..., Tensor], bias: bool
+) -> dict[str, float]:
     first = nn.Conv2d(2, 3, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2))
     if not bias:
         for conv in (first, second):
@@ -204,7 +225,7 @@ def conv_errors(second, *, reduction, pool, bias):
     model = nn.Sequential(first, second, Pool(pool, (2, 3))).double()
     batch = normal(4, 2, 7, 6), normal(4, 2, seed=1)
     return layer_errors(
-        type2_kfac, ggn_block, model, *batch, nn.MSELoss(reduction=reduction)
+        type2_kfac, ggn_block, model, batch, nn.MSELoss(reduction=reduction)
     )
 
 

@@ -4,9 +4,6 @@ import math
 
 import pytest
 import torch
-
-from skfac.curvature.inverse import DenseInverse, LowRankInverse
-from skfac.curvature.layer import mean_eigenvalue, precondition_layer
 from tests.support.dense import (
     dense_inverse,
     dense_split,
@@ -14,6 +11,10 @@ from tests.support.dense import (
     normal,
     relative_error,
 )
+from torch import Tensor
+
+from skfac.curvature.inverse import DenseInverse, LowRankInverse
+from skfac.curvature.layer import mean_eigenvalue, precondition_layer
 
 # Examples, d_in, d_out: every pair of low-rank and dense factors.
 SIZES = pytest.mark.parametrize(
@@ -24,7 +25,7 @@ DAMPING = pytest.mark.parametrize("damping", [1e-3, 0.1, 10.0])
 SPLIT = pytest.mark.parametrize("split", ["pi", "equal"])
 
 
-def snapshot(count, d_in, d_out):
+def snapshot(count: int, d_in: int, d_out: int) -> tuple[Tensor, Tensor]:
     """Rows of unequal scale, so that π is far from 1."""
     return 3 * normal(count, d_in), 0.1 * normal(count, d_out, seed=1)
 
@@ -80,6 +81,18 @@ def test_apply_leaves_the_gradient_alone():
     layer.apply(gradient)
 
     assert torch.equal(gradient, before)
+
+
+def test_with_tensors_is_the_same_preconditioner_in_other_tensors():
+    layer = precondition_layer(*snapshot(6, 7, 5), damping=0.1, split="pi")
+    copies = layer.tensors[0].clone(), layer.tensors[1].clone()
+    gradient = normal(5, 7)
+
+    moved = layer.with_tensors(*copies)
+
+    assert moved.tensors[0] is moved.activations.tensor is copies[0]
+    assert moved.tensors[1] is moved.derivatives.tensor is copies[1]
+    assert torch.equal(moved.apply(gradient), layer.apply(gradient))
 
 
 @SIZES

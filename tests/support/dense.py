@@ -5,7 +5,7 @@ A layer's weight matrix is `[W | b]` flattened row by row, so its K-FAC block is
 `G ⊗ A`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,8 @@ def factor(rows: Tensor) -> Tensor:
 def dense_inverse(rows: Tensor, damping: float) -> Tensor:
     """`(Xᵀ X / n + λ I)⁻¹` by the textbook O(d³) formula."""
     identity = torch.eye(rows.shape[1], dtype=rows.dtype)
-    return torch.linalg.inv(factor(rows) + damping * identity)
+    inverse: Tensor = torch.linalg.inv(factor(rows) + damping * identity)
+    return inverse
 
 
 def dense_split(
@@ -87,7 +88,7 @@ def patches(module: nn.Conv2d, images: Tensor) -> Tensor:
 
 def per_sample_losses(loss: Loss, predictions: Tensor, targets: Tensor) -> Tensor:
     """The loss of every sample on its own: what a batch loss averages or adds."""
-    samples = zip(predictions.split(1), targets.split(1), strict=True)
+    samples = _samples(predictions, targets)
     return torch.stack([loss(prediction, target) for prediction, target in samples])
 
 
@@ -97,9 +98,9 @@ def divisor(loss: Loss, batch: int) -> float:
 
 
 def hessian_roots(loss: Loss, predictions: Tensor, targets: Tensor) -> Tensor:
-    """`R_n` with `R_n R_nᵀ` the Hessian of sample n's loss: `[batch, outputs, roots]`."""
+    """`R_n` with `R_n R_nᵀ` the Hessian of loss n: `[batch, outputs, roots]`."""
     roots = []
-    for prediction, target in zip(predictions.split(1), targets.split(1), strict=True):
+    for prediction, target in _samples(predictions, targets):
         hessian = _hessian(loss, prediction, target).squeeze((0, 2))
         values, vectors = torch.linalg.eigh(hessian)
         roots.append(vectors * values.clamp(min=0).sqrt())
@@ -120,7 +121,7 @@ def ggn_block(
 def empirical_fisher_block(
     model: nn.Module, layer: str, inputs: Tensor, targets: Tensor, loss: Loss
 ) -> Tensor:
-    """`Σ_n ∇ℓ_n ∇ℓ_nᵀ` over what the loss divides by, for one layer's `[W | b]`."""
+    """`Σ_n ∇_n ∇_nᵀ` over what the loss divides by, for one layer's `[W | b]`."""
     gradients = _weight_jacobian(
         model,
         layer,
@@ -130,9 +131,14 @@ def empirical_fisher_block(
     return gradients.T @ gradients / divisor(loss, len(inputs))
 
 
+def _samples(predictions: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(predictions[:, None].unbind(), targets[:, None].unbind(), strict=True)
+
+
 def _hessian(loss: Loss, predictions: Tensor, targets: Tensor) -> Tensor:
     # Not torch.func.hessian: its forward mode warns that torch.jit is deprecated.
-    return torch.func.jacrev(torch.func.jacrev(loss))(predictions, targets)
+    hessian: Tensor = torch.func.jacrev(torch.func.jacrev(loss))(predictions, targets)
+    return hessian
 
 
 def _weight_jacobian(
@@ -143,10 +149,11 @@ def _weight_jacobian(
     parameters = dict(module.named_parameters(prefix=layer))
 
     def evaluate(parameters: dict[str, Tensor]) -> Tensor:
-        return output(torch.func.functional_call(model, parameters, (inputs,)))
+        predictions = torch.func.functional_call(model, parameters, (inputs,))
+        return output(predictions)
 
     jacobian = torch.func.jacrev(evaluate)(parameters)
-    columns = jacobian[f"{layer}.weight"].flatten(2)
+    columns: Tensor = jacobian[f"{layer}.weight"].flatten(2)
     if f"{layer}.bias" in jacobian:
         columns = torch.cat([columns, jacobian[f"{layer}.bias"][..., None]], 2)
     return columns.flatten(1)

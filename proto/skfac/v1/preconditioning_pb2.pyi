@@ -631,7 +631,7 @@ class LostVersion(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
-    """"superseded", "failed" or "empty"."""
+    """"superseded", "failed", "empty" or "refused"."""
     message: _builtins.str
     def __init__(
         self,

@@ -41,6 +41,7 @@ _LOSS_REASONS: dict[str, LossReason] = {
     "superseded": "superseded",
     "failed": "failed",
     "empty": "empty",
+    "refused": "refused",
 }
 
 _M = TypeVar("_M", bound=Message)

@@ -12,7 +12,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from skfac.wire.errors import InvalidRequestError
+from skfac.wire.errors import InvalidRequestError, LimitExceededError
 from skfac.wire.snapshot import TensorHeader
 
 PAYLOAD_BYTES = 2 * 1024 * 1024
@@ -88,15 +88,21 @@ def decode_frame(message: bytes) -> Frame:
 
 
 class PayloadBuffer:
-    """Memory for the tensors that a manifest declared, filled frame by frame."""
+    """Memory for the tensors that a manifest declared, filled frame by frame.
+
+    Raises:
+        LimitExceededError: If there is not enough memory.
+    """
 
     def __init__(
         self, headers: Sequence[TensorHeader], *, pinned: bool = False
     ) -> None:
         self._headers = headers
-        self._buffer = torch.empty(
-            payload_nbytes(headers), dtype=torch.uint8, pin_memory=pinned
-        )
+        nbytes = payload_nbytes(headers)
+        try:
+            self._buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
+        except RuntimeError as error:  # how torch says that memory is short
+            raise LimitExceededError(f"No memory for {nbytes} bytes: {error}") from None
         self._view = self._buffer.numpy().data
         self._filled = 0
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 from skfac.curvature.layer import LayerPreconditioner
 
-LossReason = Literal["superseded", "failed", "empty"]
+LossReason = Literal["superseded", "failed", "empty", "refused"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +35,8 @@ class Loss:
         layer: Index in the session's layers.
         step: Capture step.
         reason: `"superseded"` by a newer one once it was past due, `"failed"`
-            numerically, or `"empty"` because no rank had rows.
+            numerically, `"empty"` because no rank had rows, or `"refused"` because
+            the server did not take the rows.
         message: A sentence for people.
     """
 

@@ -75,7 +75,7 @@ class Subscription(Protocol):
         """Wait for outcomes that were not taken yet.
 
         Returns:
-            They in the order they were published; empty after `timeout_s`.
+            They in the order they were published; empty after `timeout_s` or `close`.
 
         Raises:
             SessionNotFoundError: If the session is closed.

@@ -25,8 +25,11 @@ class Metrics:
         )
         self.stage_s = self._histogram(
             "skfac_stage_seconds",
-            "Where that time goes: receive, assemble, queue, solve.",
+            "Where time goes: assemble (first to last rank), queue, solve.",
             ("session", "stage"),
+        )
+        self.receive_s = self._histogram(
+            "skfac_receive_seconds", "First to last frame of accepted snapshots.", ()
         )
         self.received_bytes = self._counter(
             "skfac_received_bytes", "Payload of accepted snapshots.", session

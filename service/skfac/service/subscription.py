@@ -29,7 +29,7 @@ class LocalSubscription:
         """Wait for outcomes that were not taken yet.
 
         Returns:
-            They in the order they were published; empty after `timeout_s`.
+            They in the order they were published; empty after `timeout_s` or `close`.
 
         Raises:
             ServiceError: `session.end`, once every outcome was taken.
@@ -37,9 +37,15 @@ class LocalSubscription:
         session, publisher = self._session, self._session.publisher
         with self._changed:
             self._changed.wait_for(
-                lambda: session.end is not None or publisher.position > self._position,
+                lambda: (
+                    self._closed
+                    or session.end is not None
+                    or publisher.position > self._position
+                ),
                 timeout_s,
             )
+            if self._closed:
+                return []
             outcomes = publisher.after(self._position, self._held)
             self._position = publisher.position
             if not outcomes and session.end is not None:

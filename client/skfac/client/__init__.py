@@ -1,0 +1,21 @@
+"""The trainer's side: `Preconditioner` and what it can raise, warn and take."""
+
+from skfac.client.config import PreconditionerConfig
+from skfac.client.layers import PassThroughWarning
+from skfac.client.preconditioner import Preconditioner
+from skfac.wire.errors import (
+    ConfigurationError,
+    LateVersionError,
+    ServiceError,
+    SkfacError,
+)
+
+__all__ = [
+    "ConfigurationError",
+    "LateVersionError",
+    "PassThroughWarning",
+    "Preconditioner",
+    "PreconditionerConfig",
+    "ServiceError",
+    "SkfacError",
+]

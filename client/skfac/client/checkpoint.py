@@ -1,0 +1,101 @@
+"""A store's versions as plain data that `torch.save` and safetensors can hold."""
+
+from typing import Any
+
+from skfac.client.store import StoreState
+from skfac.curvature.inverse import DenseInverse, FactorInverse, LowRankInverse
+from skfac.curvature.layer import LayerPreconditioner
+from skfac.wire.errors import ConfigurationError
+from skfac.wire.outcome import Loss, Outcome, Version
+
+_FORMAT = 1
+_FORMS: dict[str, type[LowRankInverse] | type[DenseInverse]] = {
+    "low_rank": LowRankInverse,
+    "dense": DenseInverse,
+}
+
+
+def to_state_dict(step: int, names: list[str], state: StoreState) -> dict[str, Any]:
+    """Write a store's versions as nested dicts of numbers, strings and tensors.
+
+    Args:
+        step: The trainer's next step.
+        names: Layer names in the order of the store.
+        state: The versions.
+
+    Returns:
+        The state.
+    """
+    return {
+        "format": _FORMAT,
+        "step": step,
+        "layers": names,
+        "in_use": [_encode(version) for version in state.in_use],
+        "expected": {c: list(map(_encode, row)) for c, row in state.expected.items()},
+    }
+
+
+def from_state_dict(state: dict[str, Any], names: list[str]) -> tuple[int, StoreState]:
+    """Read what `to_state_dict` wrote.
+
+    Args:
+        state: The state.
+        names: Layer names of the model that goes on.
+
+    Returns:
+        The trainer's next step, and the versions.
+
+    Raises:
+        ConfigurationError: If the state is of another format or another model.
+    """
+    if state.get("format") != _FORMAT:
+        raise ConfigurationError(
+            f"This state has format {state.get('format')!r}; expected {_FORMAT}."
+        )
+    if state["layers"] != names:
+        raise ConfigurationError(
+            f"This state is of layers {state['layers']}; the model has {names}."
+        )
+    in_use = [_decode(index, entry) for index, entry in enumerate(state["in_use"])]
+    expected = {
+        step: [_decode(index, entry) for index, entry in enumerate(row)]
+        for step, row in state["expected"].items()
+    }
+    versions = [v if isinstance(v, Version) else None for v in in_use]
+    return state["step"], StoreState(versions, expected)
+
+
+def _encode(outcome: Outcome | None) -> dict[str, Any] | None:
+    if outcome is None:
+        return None
+    if isinstance(outcome, Loss):
+        lost = {"reason": outcome.reason, "message": outcome.message}
+        return {"step": outcome.step, "lost": lost}
+    return {
+        "step": outcome.step,
+        "rows": outcome.rows,
+        "ranks": outcome.ranks,
+        "activations": _encode_inverse(outcome.preconditioner.activations),
+        "derivatives": _encode_inverse(outcome.preconditioner.derivatives),
+    }
+
+
+def _decode(layer: int, entry: dict[str, Any] | None) -> Outcome | None:
+    if entry is None:
+        return None
+    if "lost" in entry:
+        return Loss(layer, entry["step"], **entry["lost"])
+    preconditioner = LayerPreconditioner(
+        activations=_decode_inverse(entry["activations"]),
+        derivatives=_decode_inverse(entry["derivatives"]),
+    )
+    return Version(layer, entry["step"], preconditioner, entry["rows"], entry["ranks"])
+
+
+def _encode_inverse(inverse: FactorInverse) -> dict[str, Any]:
+    form = next(name for name, kind in _FORMS.items() if isinstance(inverse, kind))
+    return {"form": form, "tensor": inverse.tensor, "damping": inverse.damping}
+
+
+def _decode_inverse(entry: dict[str, Any]) -> FactorInverse:
+    return _FORMS[entry["form"]](entry["tensor"], entry["damping"])

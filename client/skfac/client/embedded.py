@@ -1,0 +1,76 @@
+"""The same engine on a thread of the trainer's own process."""
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Mapping
+
+from skfac.client.capture import PendingSnapshot
+from skfac.client.outbox import Outbox
+from skfac.client.store import Store
+from skfac.service.config import EngineConfig
+from skfac.service.local_engine import LocalEngine
+from skfac.wire.errors import ServiceError
+from skfac.wire.session import SessionSpec
+
+logger = logging.getLogger(__name__)
+
+_LOOK_AROUND_S = 60.0  # the subscription wakes by itself; this bounds a lost wake-up
+
+
+class EmbeddedTransport:
+    """A `Transport` without a network: one thread sends and one receives."""
+
+    def __init__(self, spec: SessionSpec, store: Store) -> None:
+        self._store = store
+        self._engine = LocalEngine(EngineConfig())
+        self._session_id = self._engine.open_session(spec, rank=0).session_id
+        self._subscription = self._engine.subscribe(self._session_id, store.newest())
+        self._outbox = Outbox(spec.versions_in_flight + 1)
+        self._stop = threading.Event()
+        self._counts: Counter[str] = Counter(connects=1)
+        self._threads = [
+            threading.Thread(target=self._send, name="skfac-send", daemon=True),
+            threading.Thread(target=self._receive, name="skfac-receive", daemon=True),
+        ]
+        store.set_link(up=True)
+        for thread in self._threads:
+            thread.start()
+
+    def push(self, snapshot: PendingSnapshot) -> None:
+        """Take a snapshot and return at once."""
+        for step in self._outbox.put(snapshot):
+            self._store.lose(step, "superseded", "The sender did not keep up.")
+
+    def counts(self) -> Mapping[str, int]:
+        """Count what went over it.
+
+        Returns:
+            `connects`; there are no bytes to count.
+        """
+        return dict(self._counts)
+
+    def close(self) -> None:
+        """Leave the session and end all threads; idempotent."""
+        self._stop.set()
+        self._outbox.close()
+        self._subscription.close()
+        for thread in self._threads:
+            thread.join()
+        self._engine.close()
+        self._store.set_link(up=False)
+
+    def _send(self) -> None:
+        step = -1
+        while (snapshot := self._outbox.next_after(step, self._stop)) is not None:
+            step = snapshot.step
+            try:
+                self._engine.submit(self._session_id, snapshot)
+            except ServiceError as error:
+                logger.warning("The snapshot of step %d was refused: %s", step, error)
+                self._store.lose(step, "refused", str(error))
+            self._outbox.discard(step)
+
+    def _receive(self) -> None:
+        while not self._stop.is_set():
+            self._store.receive(self._subscription.take(_LOOK_AROUND_S))

@@ -1,0 +1,254 @@
+"""Versions of each layer: expected, arrived, in use; and the rules of time.
+
+A version is applied from its capture step + `lag` on, and no earlier. Only the newest
+version that is due counts: one that is still missing is looked for again at each step
+until a newer one is due.
+"""
+
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+from skfac.wire.errors import LateVersionError, ServiceError
+from skfac.wire.outcome import Loss, LossReason, Outcome, Version
+from skfac.wire.session import SessionSpec
+
+
+@dataclass(frozen=True, eq=False)
+class StoreState:
+    """All versions of a store, as a checkpoint holds them.
+
+    Attributes:
+        in_use: The version of each layer that steps use.
+        expected: Capture step -> the outcome of each layer; None if none came yet.
+    """
+
+    in_use: list[Version | None]
+    expected: dict[int, list[Outcome | None]]
+
+
+class Store:
+    """What a trainer knows of its preconditioners.
+
+    Transports call `receive`, `lose`, `set_link` and `fail` from their threads; the
+    trainer's thread calls the rest.
+
+    Attributes:
+        counts: What happened so far: `solved` and each reason of a loss, by layer and
+            version; `late` versions that missed their deadline; `corrupt` ones that
+            were refused here; `unexpected` ones that nobody asked for; `waits` of a
+            step and `vain_waits` among them.
+        waited_s: Time that steps spent waiting.
+    """
+
+    def __init__(self, spec: SessionSpec, *, wait_s: float) -> None:
+        self._spec = spec
+        self._wait_s = wait_s
+        self._changed = threading.Condition()
+        self._expected: dict[int, list[Outcome | None]] = {}
+        self._in_use: list[Version | None] = [None] * len(spec.layers)
+        self._link_up = False
+        self._silent = False  # waited for in vain, and nothing was heard since
+        self._failure: ServiceError | None = None
+        self.counts: Counter[str] = Counter()
+        self.waited_s = 0.0
+
+    # ---------------------------------------------------------------- transports
+
+    def receive(self, outcomes: list[Outcome]) -> list[int]:
+        """Take what a server published; what nobody expects is counted and dropped.
+
+        Returns:
+            The steps among them that nothing is missing of any more.
+        """
+        checked = [self._checked(outcome) for outcome in outcomes]
+        with self._changed:
+            self._silent = False
+            for outcome in checked:
+                slots = self._expected.get(outcome.step)
+                known = outcome.layer < len(self._spec.layers)
+                if slots is None or not known or slots[outcome.layer] is not None:
+                    self.counts["unexpected"] += 1
+                    continue
+                slots[outcome.layer] = outcome
+                name = outcome.reason if isinstance(outcome, Loss) else "solved"
+                self.counts[name] += 1
+            self._changed.notify_all()
+            steps = {outcome.step for outcome in outcomes}
+            return [c for c in sorted(steps) if None not in self._expected.get(c, [])]
+
+    def lose(self, step: int, reason: LossReason, message: str) -> None:
+        """Give up what is missing of a step: no server will answer it."""
+        with self._changed:
+            slots = self._expected.get(step, [])
+            for layer, outcome in enumerate(slots):
+                if outcome is None:
+                    slots[layer] = Loss(layer, step, reason, message)
+                    self.counts[reason] += 1
+            self._changed.notify_all()
+
+    def set_link(self, *, up: bool) -> None:
+        """Tell whether a server is connected; nobody waits for one that is not."""
+        with self._changed:
+            self._link_up = up
+            self._silent = False
+            self._changed.notify_all()
+
+    def fail(self, error: ServiceError) -> None:
+        """Tell that no server will ever take this trainer's snapshots."""
+        with self._changed:
+            self._failure = error
+            self._changed.notify_all()
+
+    def newest(self) -> dict[int, int]:
+        """Find the newest version that is here, in use or waiting for its step.
+
+        Returns:
+            Its step by layer; layers without any are absent.
+        """
+        with self._changed:
+            here: list[Outcome | None] = [*self._in_use]
+            for row in self._expected.values():
+                here += row
+        held: dict[int, int] = {}
+        for outcome in here:
+            if outcome is not None:
+                held[outcome.layer] = max(held.get(outcome.layer, -1), outcome.step)
+        return held
+
+    # ---------------------------------------------------------------- trainer
+
+    @property
+    def link_up(self) -> bool:
+        """Whether a server is connected."""
+        return self._link_up
+
+    @property
+    def failure(self) -> ServiceError | None:
+        """Why no server will ever answer; None while one may."""
+        return self._failure
+
+    @property
+    def in_use(self) -> list[Version | None]:
+        """The version of each layer that the latest step used."""
+        return list(self._in_use)
+
+    def await_link(self, timeout_s: float) -> bool:
+        """Wait for the first answer of a server.
+
+        Returns:
+            Whether one is connected.
+
+        Raises:
+            ServiceError: If it refuses this trainer.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._link_up or self._failure, timeout_s)
+            if self._failure is not None:
+                raise self._failure
+            return self._link_up
+
+    def expect(self, step: int) -> None:
+        """Declare that a snapshot of all layers is captured at `step`."""
+        with self._changed:
+            self._expected[step] = [None] * len(self._spec.layers)
+
+    def versions_at(self, step: int) -> list[Version | None]:
+        """Find the versions that a step uses, waiting for those that are just due.
+
+        Args:
+            step: The trainer's step; must not decrease.
+
+        Returns:
+            One version a layer; None if none was ever due and there.
+
+        Raises:
+            LateVersionError: Under `on_late="raise"`, if a version missed its deadline.
+            ServiceError: Under `on_late="wait"` or `"raise"`, if no server will answer.
+        """
+        with self._changed:
+            due = [c for c in self._expected if c + self._spec.lag <= step]
+            if not due:
+                return list(self._in_use)
+            newest = max(due)
+            if newest + self._spec.lag == step:
+                self._wait_for(newest)
+            for layer, outcome in enumerate(self._expected[newest]):
+                if isinstance(outcome, Version):
+                    self._in_use[layer] = outcome
+            for old in due:
+                if old < newest or None not in self._expected[old]:
+                    del self._expected[old]
+            return list(self._in_use)
+
+    def settle(self, timeout_s: float) -> StoreState:
+        """Wait for everything that is expected, then copy what is there.
+
+        Returns:
+            All versions.
+        """
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._settled() or not self._link_up, timeout_s
+            )
+            expected = {step: list(row) for step, row in self._expected.items()}
+            return StoreState(list(self._in_use), expected)
+
+    def restore(self, state: StoreState) -> None:
+        """Go on from a checkpoint; what it still expected counts as lost."""
+        with self._changed:
+            self._in_use = list(state.in_use)
+            self._expected = {step: list(row) for step, row in state.expected.items()}
+        for step in state.expected:
+            self.lose(step, "superseded", "The run was resumed from a checkpoint.")
+
+    # ---------------------------------------------------------------- inside
+
+    def _wait_for(self, step: int) -> None:
+        row, policy = self._expected[step], self._spec.on_late
+        if None not in row:
+            return
+        self.counts["waits"] += 1
+        began_s = time.monotonic()
+        if policy == "wait":
+            self._changed.wait_for(lambda: None not in row or self._failure)
+        elif policy == "raise":
+            self._changed.wait_for(
+                lambda: None not in row or self._failure, self._wait_s
+            )
+        elif not self._silent:
+            self._changed.wait_for(
+                lambda: None not in row or not self._link_up, self._wait_s
+            )
+        self.waited_s += time.monotonic() - began_s
+        missing = row.count(None)
+        if not missing:
+            return
+        self.counts["late"] += missing
+        self.counts["vain_waits"] += 1
+        self._silent = True
+        if policy != "keep":
+            if self._failure is not None:
+                raise self._failure
+            raise LateVersionError(
+                f"{missing} of {len(row)} layers have no version of step {step} after "
+                f"wait_s = {self._wait_s:g} s, lag = {self._spec.lag} steps later."
+            )
+
+    def _settled(self) -> bool:
+        return all(None not in row for row in self._expected.values())
+
+    def _checked(self, outcome: Outcome) -> Outcome:
+        # A server that is wrong must not change the model: such a version is lost.
+        if isinstance(outcome, Loss) or outcome.layer >= len(self._spec.layers):
+            return outcome
+        layer, inverses = self._spec.layers[outcome.layer], outcome.preconditioner
+        dims = inverses.activations.dim, inverses.derivatives.dim
+        positive = min(inverses.activations.damping, inverses.derivatives.damping) > 0
+        finite = all(tensor.isfinite().all() for tensor in inverses.tensors)
+        if dims == (layer.d_in, layer.d_out) and positive and finite:
+            return outcome
+        self.counts["corrupt"] += 1
+        text = f"The server sent an unusable inverse of layer {layer.name!r}."
+        return Loss(outcome.layer, outcome.step, "failed", text)

@@ -1,0 +1,50 @@
+"""The seam between the trainer and wherever the engine runs."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from skfac.client.capture import PendingSnapshot
+from skfac.client.config import check_target
+from skfac.client.store import Store
+from skfac.wire.session import SessionSpec
+
+
+class Transport(Protocol):
+    """Brings snapshots to an engine and its outcomes to a `Store`, on its own threads.
+
+    It connects by itself, again and again, and tells the store about it; nothing that
+    happens to a server is raised here.
+    """
+
+    def push(self, snapshot: PendingSnapshot) -> None:
+        """Take a snapshot and return at once."""
+
+    def counts(self) -> Mapping[str, int]:
+        """Count what went over it: connects, disconnects, bytes each way."""
+
+    def close(self) -> None:
+        """Leave the session and end all threads; idempotent."""
+
+
+def connect(target: str, spec: SessionSpec, store: Store) -> Transport:
+    """Start the transport that a target needs.
+
+    Args:
+        target: `"embedded"`, `"host:port"` or `"unix:path"`.
+        spec: The session to open.
+        store: Takes the outcomes.
+
+    Returns:
+        The running transport.
+
+    Raises:
+        ConfigurationError: If the target is not one of these.
+    """
+    if check_target(target) == "embedded":
+        # The one place where the client needs the server's code.
+        from skfac.client.embedded import EmbeddedTransport
+
+        return EmbeddedTransport(spec, store)
+    from skfac.client.grpc_transport import GrpcTransport
+
+    return GrpcTransport(target, spec, store)

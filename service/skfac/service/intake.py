@@ -1,0 +1,107 @@
+"""Receives the snapshots of one push stream, frame by frame."""
+
+import time
+
+from skfac.service.engine import Engine
+from skfac.service.metrics import Metrics
+from skfac.v1 import preconditioning_pb2 as pb
+from skfac.wire.codec import build_snapshot, decode_snapshot_manifest
+from skfac.wire.errors import (
+    InvalidRequestError,
+    LimitExceededError,
+    ServiceError,
+    SessionMismatchError,
+    code_of,
+)
+from skfac.wire.frames import Frame, PayloadBuffer, decode_frame
+from skfac.wire.snapshot import SnapshotHeader
+
+# Of one snapshot only: the stream goes on. Other errors end it.
+_REFUSALS = (InvalidRequestError, SessionMismatchError, LimitExceededError)
+
+
+class Intake:
+    """Turns frames into snapshots, checked before memory is taken for them.
+
+    After a refusal the frames that are left of the snapshot are ignored, up to the
+    next manifest.
+    """
+
+    def __init__(self, engine: Engine, metrics: Metrics, *, pinned: bool) -> None:
+        self._engine = engine
+        self._metrics = metrics
+        self._pinned = pinned
+        self._session_id = ""
+        self._header: SnapshotHeader | None = None
+        self._buffer: PayloadBuffer | None = None
+        self._began_s = 0.0
+
+    def receive(self, message: bytes) -> list[pb.PushSnapshotsResponse]:
+        """Take one frame.
+
+        Returns:
+            The answers that are due: one for each snapshot that is complete, refused,
+            a duplicate, or cut off by the beginning of the next.
+
+        Raises:
+            SessionNotFoundError: If the session is unknown.
+            ServerUnavailableError: If the engine is closing.
+        """
+        answers = []
+        try:
+            frame = decode_frame(message)
+            if frame.manifest is not None and self._buffer is not None:
+                answers.append(self._refuse(self._truncated()))
+            answers += self._accept(frame)
+        except _REFUSALS as error:
+            answers.append(self._refuse(error))
+        return answers
+
+    def finish(self) -> None:
+        """Check that the stream does not end within a snapshot.
+
+        Raises:
+            InvalidRequestError: If it does.
+        """
+        if self._buffer is not None:
+            raise self._truncated()
+
+    def _accept(self, frame: Frame) -> list[pb.PushSnapshotsResponse]:
+        if frame.manifest is not None:
+            self._header = None
+            self._session_id, header = decode_snapshot_manifest(frame.manifest)
+            self._header = header
+            if not self._engine.admit(self._session_id, header):
+                return [pb.PushSnapshotsResponse(step=header.step, duplicate=True)]
+            self._began_s = time.monotonic()
+            self._buffer = PayloadBuffer(header.tensors, pinned=self._pinned)
+        if self._buffer is None or self._header is None:
+            return []
+        self._buffer.write(frame.payload)
+        if not self._buffer.complete:
+            return []
+        return [self._submit(self._header, self._buffer)]
+
+    def _submit(
+        self, header: SnapshotHeader, buffer: PayloadBuffer
+    ) -> pb.PushSnapshotsResponse:
+        self._buffer = None
+        received_s = time.monotonic() - self._began_s
+        snapshot = build_snapshot(header, buffer.tensors())
+        new = self._engine.submit(self._session_id, snapshot)
+        self._metrics.receive_s.observe(received_s)
+        return pb.PushSnapshotsResponse(step=header.step, duplicate=not new)
+
+    def _truncated(self) -> InvalidRequestError:
+        assert self._buffer is not None
+        assert self._header is not None
+        return InvalidRequestError(
+            f"The snapshot of step {self._header.step} is truncated: "
+            f"{self._buffer.missing_bytes} bytes are missing."
+        )
+
+    def _refuse(self, error: ServiceError) -> pb.PushSnapshotsResponse:
+        step = self._header.step if self._header is not None else 0
+        self._buffer = self._header = None
+        refusal = pb.Refusal(code=code_of(error), message=str(error))
+        return pb.PushSnapshotsResponse(step=step, refusal=refusal)

@@ -1,0 +1,47 @@
+"""How a server's status looks in a terminal."""
+
+from rich.console import Group
+from rich.table import Table
+
+from skfac.v1 import preconditioning_pb2 as pb
+
+
+def status_table(status: pb.GetStatusResponse) -> Group:
+    """Lay out a status: the sessions, then the layers of each.
+
+    Returns:
+        Something that rich prints.
+    """
+    title = (
+        f"skfac {status.version} on {status.device}, up {status.uptime_s:.0f} s, "
+        f"{len(status.sessions)} sessions"
+    )
+    sessions = Table(title=title)
+    for column in ("job", "ranks", "age", "solved", "queued", "superseded", "failed"):
+        sessions.add_column(column)
+    for column in ("refused", "inversion p50", "p99"):
+        sessions.add_column(column)
+    for session in status.sessions:
+        sessions.add_row(
+            session.job,
+            f"{session.open_ranks}/{session.world_size}",
+            f"{session.age_s:.0f} s",
+            str(session.solved),
+            str(session.queued),
+            str(session.superseded),
+            str(session.failed),
+            str(session.refused),
+            f"{session.inversion.p50_s * 1e3:.2f} ms",
+            f"{session.inversion.p99_s * 1e3:.2f} ms",
+        )
+    return Group(sessions, *map(_layer_table, status.sessions))
+
+
+def _layer_table(session: pb.SessionStatus) -> Table:
+    table = Table(title=f"layers of {session.job}")
+    for column in ("layer", "version (step)", "rows"):
+        table.add_column(column)
+    for layer in session.layers:
+        version = str(layer.newest_step) if layer.HasField("newest_step") else "none"
+        table.add_row(layer.name, version, str(layer.rows))
+    return table
