@@ -181,8 +181,15 @@ def invert_factor(rows: Float[Tensor, "n dim"], *, damping: float) -> FactorInve
     cholesky = torch.linalg.cholesky(gram)
     if count < dim:
         basis = torch.linalg.solve_triangular(cholesky, scaled, upper=False)
-        return LowRankInverse(basis.to(rows.dtype), damping)
-    return DenseInverse(torch.cholesky_inverse(cholesky).to(rows.dtype), damping)
+        return LowRankInverse(_row_major(basis, rows.dtype), damping)
+    inverse = torch.cholesky_inverse(cholesky)
+    return DenseInverse(_row_major(inverse, rows.dtype), damping)
+
+
+def _row_major(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    # LAPACK leaves column-major results, on which products round differently: the same
+    # inverse, sent over a wire, would not give the same bits.
+    return matrix.to(dtype).contiguous()
 
 
 def _check_condition(
