@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.support.dense import geometry_for, joined, normal, patches
 from torch import Tensor, nn
 
 from skfac.curvature.geometry import LinearGeometry, geometry_of
 from skfac.curvature.layer import precondition_layer
+from tests.support.dense import geometry_for, joined, normal, patches
 
 BIAS = pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 CONVS: dict[str, dict[str, Any]] = {

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.support.dense import dense_inverse, factor, normal, relative_error
 from torch import Tensor
 
 from skfac.curvature.inverse import (
@@ -15,6 +14,7 @@ from skfac.curvature.inverse import (
     LowRankInverse,
     invert_factor,
 )
+from tests.support.dense import dense_inverse, factor, normal, relative_error
 
 LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # C++ has it
 

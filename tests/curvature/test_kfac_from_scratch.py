@@ -11,6 +11,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+from skfac.curvature.geometry import LayerGeometry
+from skfac.curvature.inverse import invert_factor
 from tests.support.dense import (
     Loss,
     divisor,
@@ -21,10 +25,6 @@ from tests.support.dense import (
     normal,
     relative_error,
 )
-from torch import Tensor, nn
-
-from skfac.curvature.geometry import LayerGeometry
-from skfac.curvature.inverse import invert_factor
 
 Curvature = Callable[[nn.Module, str, Tensor, Tensor, Loss], Tensor]
 

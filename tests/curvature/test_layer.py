@@ -4,6 +4,10 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+
+from skfac.curvature.inverse import DenseInverse, LowRankInverse
+from skfac.curvature.layer import mean_eigenvalue, precondition_layer
 from tests.support.dense import (
     dense_inverse,
     dense_split,
@@ -11,10 +15,6 @@ from tests.support.dense import (
     normal,
     relative_error,
 )
-from torch import Tensor
-
-from skfac.curvature.inverse import DenseInverse, LowRankInverse
-from skfac.curvature.layer import mean_eigenvalue, precondition_layer
 
 # Examples, d_in, d_out: every pair of low-rank and dense factors.
 SIZES = pytest.mark.parametrize(

@@ -47,12 +47,19 @@ def split_damping(
         The damping of both factors.
 
     Raises:
-        ValueError: If `damping` is not positive and finite.
+        ValueError: If `damping` is not positive and finite, or the eigenvalues' ratio
+            is not.
     """
     if not (damping > 0 and math.isfinite(damping)):
         raise ValueError(f"damping must be positive and finite, got {damping}.")
     root = math.sqrt(damping)
     pi = 1.0
     if split == "pi" and mean_eigenvalue_activations and mean_eigenvalue_derivatives:
-        pi = math.sqrt(mean_eigenvalue_activations / mean_eigenvalue_derivatives)
+        pi = math.sqrt(mean_eigenvalue_activations)
+        pi /= math.sqrt(mean_eigenvalue_derivatives)
+    if not (pi > 0 and math.isfinite(pi)):
+        raise ValueError(
+            f"Factors with mean eigenvalues {mean_eigenvalue_activations} and "
+            f"{mean_eigenvalue_derivatives} cannot share a damping."
+        )
     return FactorDamping(activations=pi * root, derivatives=root / pi)

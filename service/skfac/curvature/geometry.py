@@ -5,7 +5,9 @@ input with a 1 appended when the layer has a bias, so `d_in` counts the bias col
 A layer that uses its weight at several positions of a sample (the pixels of a
 convolution, the tokens of a sequence) is reduced to one row a sample: the mean over
 positions of `x̄` and the sum over positions of the derivative. That is exact for a
-linear network with mean pooling.
+linear network wherever the derivative is the same at every position, as it is below a
+mean or sum over positions; in front of a further convolution that cuts borders or
+strides it is an approximation.
 
 Sources: Grosse & Martens, "A Kronecker-factored approximate Fisher matrix for
 convolution layers", ICML 2016 (patches); Eschenhagen et al., "Kronecker-Factored
@@ -15,7 +17,7 @@ Approximate Curvature for Modern Neural Network Architectures", NeurIPS 2023 (th
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
+@runtime_checkable
 class LayerGeometry(Protocol):
     """How a layer's inputs and output derivatives become rows."""
 

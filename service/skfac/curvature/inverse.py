@@ -15,7 +15,7 @@ about eps·κ with κ = (λ_max + λ)/λ, and the matrices are small.
 """
 
 from dataclasses import dataclass, replace
-from typing import Protocol, Self
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -26,6 +26,7 @@ from torch import Tensor
 _ROUNDING_SHARE = 0.1
 
 
+@runtime_checkable
 class FactorInverse(Protocol):
     """The matrix `(A + λ I)⁻¹`, factorized once and applied often."""
 
@@ -41,7 +42,7 @@ class FactorInverse(Protocol):
     def tensor(self) -> Tensor:
         """The one tensor that the inverse is made of besides its damping."""
 
-    def with_tensor(self, tensor: Tensor) -> Self:
+    def with_tensor(self, tensor: Tensor) -> "FactorInverse":
         """The same inverse held in another tensor, such as a copy elsewhere."""
 
     def left(self, matrix: Tensor) -> Tensor:
@@ -73,7 +74,7 @@ class LowRankInverse:
         """`Vᵀ`."""
         return self.basis
 
-    def with_tensor(self, tensor: Tensor) -> Self:
+    def with_tensor(self, tensor: Tensor) -> "LowRankInverse":
         """Hold the inverse in another tensor.
 
         Returns:
@@ -124,7 +125,7 @@ class DenseInverse:
         """The explicit inverse."""
         return self.matrix
 
-    def with_tensor(self, tensor: Tensor) -> Self:
+    def with_tensor(self, tensor: Tensor) -> "DenseInverse":
         """Hold the inverse in another tensor.
 
         Returns:

@@ -5,7 +5,6 @@ Approximate Curvature", ICML 2015.
 """
 
 from dataclasses import dataclass, replace
-from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -32,7 +31,9 @@ class LayerPreconditioner:
         """The tensors of both inverses, activations first."""
         return self.activations.tensor, self.derivatives.tensor
 
-    def with_tensors(self, activations: Tensor, derivatives: Tensor) -> Self:
+    def with_tensors(
+        self, activations: Tensor, derivatives: Tensor
+    ) -> "LayerPreconditioner":
         """Hold both inverses in other tensors, such as copies elsewhere.
 
         Returns:
@@ -74,9 +75,11 @@ def precondition_layer(
         Both damped inverses, in the dtype of the rows.
 
     Raises:
-        ValueError: If there are no rows or `damping` is not positive and finite.
+        ValueError: If there are no rows, `damping` is not positive and finite, or the
+            rows are not.
         torch.linalg.LinAlgError: If a damped factor cannot be inverted.
     """
+    assert len(activations) == len(derivatives), "Both sides have the same examples."
     shares = split_damping(
         damping,
         split,
