@@ -205,7 +205,7 @@ class LocalEngine:
             try:
                 solution = self._solver.solve(task)
             except Exception as error:  # a bug must not cost the other sessions
-                logger.exception("The solver failed.")
+                logger.debug("The solver failed.", exc_info=True)
                 layer, step = task.assembly.layer, task.assembly.step
                 text = f"{type(error).__name__}: {error}"
                 solution = Solution(Loss(layer, step, "failed", text), 0)
@@ -257,7 +257,9 @@ class LocalEngine:
             latency_s = now_s - task.queued_s
             session.latencies_s.append(latency_s)
             self._metrics.inversion_s.labels(job).observe(latency_s)
-        elif solution.outcome.reason == "failed":
+            session.failing.discard(solution.outcome.layer)
+        elif solution.outcome.layer not in session.failing:
+            session.failing.add(solution.outcome.layer)  # said once, not every step
             logger.warning("Job %r: %s", job, solution.outcome.message)
         self._record(session, solution.outcome)
 

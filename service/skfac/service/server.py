@@ -40,11 +40,11 @@ class Server:
         self._config = config
         self._metrics = Metrics()
         self._closed = False
-        pool = ThreadPoolExecutor(
+        self._pool = ThreadPoolExecutor(
             config.max_streams + _CONTROL_THREADS, thread_name_prefix="skfac-rpc"
         )
         self._grpc = grpc.server(
-            pool,
+            self._pool,
             options=SERVER_OPTIONS,
             maximum_concurrent_rpcs=config.max_streams + 4 * _CONTROL_THREADS,
         )
@@ -86,6 +86,7 @@ class Server:
             )
         self._engine.close()
         self._grpc.stop(self._config.grace_s).wait()
+        self._pool.shutdown()
         if self._exporter is not None:
             server, thread = self._exporter
             server.shutdown()

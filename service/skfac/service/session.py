@@ -28,6 +28,7 @@ class Session:
         end: Why it was closed; None while it is open.
         last_seen_s: Time of the latest call.
         outcomes: How many (layer, step)s had which outcome.
+        failing: Layers whose latest (layer, step) had no version.
         refused: Snapshots that were refused.
         latencies_s: The latest inversion latencies.
     """
@@ -44,6 +45,7 @@ class Session:
         self.end: ServiceError | None = None
         self.last_seen_s = now_s
         self.outcomes: Counter[str] = Counter()
+        self.failing: set[int] = set()
         self.refused = 0
         self.latencies_s: deque[float] = deque(maxlen=_LATENCIES_KEPT)
         self._opened_s = now_s

@@ -1,0 +1,148 @@
+"""One training run, as a stream of what happens in it."""
+
+import math
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from skfac.client import Preconditioner
+
+BATCH_SIZE = 128
+
+Recipe = Callable[[nn.Module, int], tuple[Optimizer, Preconditioner | None]]
+"""Makes what trains a model in a number of steps."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Task:
+    """What is trained, with what, and how it is judged.
+
+    Attributes:
+        inputs: (train, ...) what the model sees.
+        targets: (train, ...) what the loss compares its outputs with.
+        val_inputs: (validation, ...) as `inputs`, held out.
+        val_targets: (validation, ...) as `targets`, held out.
+        build_model: Makes the model, with fresh parameters.
+        loss: Mean over the batch, of outputs and targets.
+        loss_name: What the loss is called.
+        metric: What is also reported of the validation, of outputs and targets.
+        metric_name: What the metric is called.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    val_inputs: Tensor
+    val_targets: Tensor
+    build_model: Callable[[], nn.Module]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    loss_name: str
+    metric: Callable[[Tensor, Tensor], Tensor]
+    metric_name: str
+
+    @property
+    def epoch_steps(self) -> int:
+        """Full batches in an epoch; the rest of it is left out."""
+        return len(self.inputs) // BATCH_SIZE
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that was taken, and the loss of its batch before it."""
+
+    step: int
+    seconds: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Validation:
+    """How the model does on the held-out digits after a step."""
+
+    step: int
+    seconds: float
+    loss: float
+    metric: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended; `report` is the preconditioner's, if there was one."""
+
+    steps: int
+    seconds: float
+    loss: float
+    metric: float
+    report: dict[str, Any] | None
+
+
+Event = Step | Validation | Result
+
+
+def train(
+    task: Task, recipe: Recipe, *, epochs: int, seed: int
+) -> Generator[Event, None, None]:
+    """Train a model, its learning rate falling linearly to 0.
+
+    Seconds are those of the steps alone: making the model, validating and whatever the
+    caller does with an event do not count.
+
+    Args:
+        task: What is trained.
+        recipe: Makes the optimizer, and perhaps a preconditioner.
+        epochs: Passes over the training digits.
+        seed: Fixes the initial parameters and the order of the batches.
+
+    Yields:
+        A `Step` after each step, a `Validation` at the start and after each epoch, and
+        one `Result` at the end, which comes early if the loss is not finite.
+    """
+    torch.manual_seed(seed)
+    model = task.build_model()
+    steps = epochs * task.epoch_steps
+    optimizer, preconditioner = recipe(model, steps)
+    schedule = LambdaLR(optimizer, lambda step: 1 - step / steps)
+    seconds = 0.0
+    with preconditioner or nullcontext():
+        validation = _validate(task, model, 0, seconds)
+        yield validation
+        for step, batch in enumerate(_batches(task, epochs, seed), start=1):
+            start = time.perf_counter()
+            loss = task.loss(model(task.inputs[batch]), task.targets[batch])
+            loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
+            if preconditioner is not None:
+                preconditioner.step()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            seconds += time.perf_counter() - start
+            yield Step(step, seconds, loss.item())
+            diverged = not math.isfinite(loss.item())
+            if diverged or step % task.epoch_steps == 0:
+                validation = _validate(task, model, step, seconds)
+                yield validation
+            if diverged:
+                break
+        report = None if preconditioner is None else preconditioner.report()
+        yield Result(step, seconds, validation.loss, validation.metric, report)
+
+
+def _batches(task: Task, epochs: int, seed: int) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(1000 + seed)
+    for _ in range(epochs):
+        order = torch.randperm(len(task.inputs), generator=generator)
+        yield from torch.split(order, BATCH_SIZE)[: task.epoch_steps]
+
+
+@torch.no_grad()
+def _validate(task: Task, model: nn.Module, step: int, seconds: float) -> Validation:
+    outputs = model(task.val_inputs)
+    loss = task.loss(outputs, task.val_targets).item()
+    metric = task.metric(outputs, task.val_targets).item()
+    return Validation(step, seconds, loss, metric)

@@ -1,0 +1,146 @@
+"""S8: where the engine runs makes no difference to a single bit."""
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from skfac.client import Preconditioner
+from skfac.curvature.geometry import LayerGeometry, geometry_of
+from skfac.curvature.layer import LayerPreconditioner, precondition_layer
+from skfac.curvature.trust import kl_scale
+from tests.support.models import backward, flat_parameters, sgd, small_cnn
+from tests.support.servers import ServerProcess
+
+STEPS = 50
+DAMPING, KL_CLIP = 0.02, 0.01
+
+
+def trained_with(step: Callable[[], None], model, optimizer) -> list[Tensor]:
+    """Train; returns the parameters after each step."""
+    trajectory = []
+    for number in range(STEPS):
+        backward(model, number)
+        step()
+        optimizer.step()
+        optimizer.zero_grad()
+        trajectory.append(flat_parameters(model))
+    return trajectory
+
+
+def through(target: str, lag: int, update_every: int) -> list[Tensor]:
+    model = small_cnn()
+    optimizer = sgd(model)
+    with Preconditioner(
+        model,
+        optimizer,
+        target=target,
+        damping=DAMPING,
+        kl_clip=KL_CLIP,
+        lag=lag,
+        update_every=update_every,
+        on_late="wait",
+    ) as preconditioner:
+        return trained_with(preconditioner.step, model, optimizer)
+
+
+class Reference:
+    """The same algorithm in one thread, straight from the formulas."""
+
+    def __init__(self, model, optimizer, lag: int, update_every: int) -> None:
+        self.layers = [m for m in model.modules() if geometry_of(m) is not None]
+        self.optimizer, self.lag, self.update_every = optimizer, lag, update_every
+        self.rows: dict[int, list[Tensor]] = {}
+        self.versions: dict[int, list[LayerPreconditioner]] = {}
+        self.number = 0
+        for layer in self.layers:
+            layer.register_forward_hook(self.remember)
+
+    @staticmethod
+    def geometry(layer) -> LayerGeometry:
+        geometry = geometry_of(layer)
+        assert geometry is not None
+        return geometry
+
+    def remember(self, layer, inputs, output) -> None:
+        activations = self.geometry(layer).activation_rows(inputs[0].detach())
+        self.rows[id(layer)] = [activations]
+
+        def finish(gradient: Tensor) -> None:
+            rows = self.geometry(layer).derivative_rows(
+                gradient, scale=float(len(activations))
+            )
+            self.rows[id(layer)].append(rows)
+
+        output.register_hook(finish)
+
+    def step(self) -> None:
+        if self.number % self.update_every == 0:
+            self.versions[self.number] = [
+                precondition_layer(*self.rows[id(m)], damping=DAMPING, split="pi")
+                for m in self.layers
+            ]
+        due = [c for c in self.versions if c + self.lag <= self.number]
+        lr = self.optimizer.param_groups[0]["lr"]
+        gradients = [self.matrix(layer) for layer in self.layers]
+        steps = gradients
+        if due:
+            newest = self.versions[max(due)]
+            steps = [v.apply(g) for v, g in zip(newest, gradients, strict=True)]
+        pairs = zip(steps, gradients, strict=True)
+        inner = [torch.sum(step * gradient) * lr**2 for step, gradient in pairs]
+        scale = kl_scale(functools.reduce(torch.add, inner), kl_clip=KL_CLIP)
+        for layer, step in zip(self.layers, steps, strict=True):
+            step = step * scale
+            if layer.bias is not None:
+                layer.bias.grad.copy_(step[:, -1])
+                step = step[:, :-1]
+            layer.weight.grad.copy_(step.reshape(layer.weight.shape))
+        self.number += 1
+
+    @staticmethod
+    def matrix(layer) -> Tensor:
+        weight = layer.weight.grad.flatten(1)
+        if layer.bias is None:
+            return weight
+        return torch.cat([weight, layer.bias.grad[:, None]], 1)
+
+
+@pytest.fixture(scope="module")
+def server():
+    with ServerProcess() as process:
+        yield process
+
+
+@pytest.mark.parametrize(("lag", "update_every"), [(0, 1), (0, 3), (3, 1), (3, 5)])
+def test_every_target_takes_the_steps_of_the_reference(server, lag, update_every):
+    model = small_cnn()
+    optimizer = sgd(model)
+    reference = Reference(model, optimizer, lag, update_every)
+    expected = trained_with(reference.step, model, optimizer)
+
+    embedded = through("embedded", lag, update_every)
+    remote = through(server.address, lag, update_every)
+
+    for step in range(STEPS):
+        assert torch.equal(embedded[step], expected[step]), f"embedded, step {step}"
+        assert torch.equal(remote[step], expected[step]), f"gRPC, step {step}"
+
+
+def test_a_unix_socket_is_as_good(tmp_path):
+    with ServerProcess(f"unix:{tmp_path}/skfac.sock") as process:
+        remote = through(process.address, 3, 1)
+
+    embedded = through("embedded", 3, 1)
+
+    assert all(map(torch.equal, remote, embedded))
+
+
+def test_the_reference_is_not_plain_sgd():
+    # Else the comparisons above would compare nothing.
+    model = small_cnn()
+    plain = trained_with(lambda: None, model, sgd(model))
+
+    assert not torch.allclose(plain[-1], through("embedded", 0, 1)[-1], atol=1e-3)

@@ -1,0 +1,133 @@
+"""A client that can do what ours never does: send anything, in any order."""
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import grpc
+import torch
+
+from skfac.v1 import preconditioning_pb2 as pb
+from skfac.v1 import preconditioning_pb2_grpc as rpc
+from skfac.wire.channel import CLIENT_OPTIONS, SERVICE
+from skfac.wire.codec import (
+    build_outcomes,
+    decode_outcomes_manifest,
+    encode_session,
+    encode_snapshot,
+)
+from skfac.wire.frames import PayloadBuffer, decode_frame
+from skfac.wire.outcome import Outcome, Version
+from skfac.wire.session import LayerSpec, SessionSpec
+from skfac.wire.snapshot import LayerRows, Snapshot
+
+TIMEOUT_S = 30.0
+ROWS = 4
+
+
+def spec_of(job: str, *dims: tuple[int, int], **changes) -> SessionSpec:
+    """A session of linear layers with the given (d_in, d_out)."""
+    layers = tuple(
+        LayerSpec(f"fc{index}", "linear", d_in, d_out, bias=False)
+        for index, (d_in, d_out) in enumerate(dims or ((6, 3), (3, 2)))
+    )
+    fields: dict = {
+        "job": job,
+        "instance": "1",
+        "world_size": 1,
+        "layers": layers,
+        "damping_split": "pi",
+        "history": "snapshot",
+        "update_every": 1,
+        "lag": 1,
+        "on_late": "wait",
+    }
+    return SessionSpec(**{**fields, **changes})
+
+
+def snapshot_of(spec: SessionSpec, step: int, *, rank: int = 0) -> Snapshot:
+    """Random rows of all layers of a session."""
+    generator = torch.Generator().manual_seed(1000 * rank + step)
+    layers = tuple(
+        LayerRows(
+            index,
+            torch.randn(ROWS, layer.d_in, generator=generator),
+            torch.randn(ROWS, layer.d_out, generator=generator),
+        )
+        for index, layer in enumerate(spec.layers)
+    )
+    return Snapshot(rank, step, 0.1, layers)
+
+
+class RawClient:
+    """One rank's session, its pushes and the outcomes, all by hand."""
+
+    def __init__(self, address: str, spec: SessionSpec, rank: int = 0) -> None:
+        self.spec, self.rank = spec, rank
+        self.channel = grpc.insecure_channel(address, CLIENT_OPTIONS)
+        self.stub = rpc.PreconditioningServiceStub(self.channel)
+        request = pb.OpenSessionRequest(spec=encode_session(spec), rank=rank)
+        self.grant = self.stub.OpenSession(request, timeout=TIMEOUT_S)
+
+    def __enter__(self) -> "RawClient":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.channel.close()
+
+    def frames(self, snapshot: Snapshot) -> list[bytes]:
+        """The frames of a snapshot of this session."""
+        return list(encode_snapshot(self.grant.session_id, snapshot))
+
+    def push(self, *frames: bytes) -> list[pb.PushSnapshotsResponse]:
+        """Send frames on a stream of their own; returns the answers."""
+        call: grpc.StreamStreamMultiCallable[bytes, pb.PushSnapshotsResponse]
+        call = self.channel.stream_stream(
+            f"/{SERVICE}/PushSnapshots",
+            response_deserializer=pb.PushSnapshotsResponse.FromString,
+        )
+        return list(call(iter(frames), timeout=TIMEOUT_S))
+
+    def outcomes(
+        self, count: int, held: Mapping[int, int] | None = None
+    ) -> list[Outcome]:
+        """Receive that many outcomes."""
+        request = pb.StreamPreconditionersRequest(
+            session_id=self.grant.session_id,
+            held=[
+                pb.HeldVersion(layer=layer, step=step)
+                for layer, step in (held or {}).items()
+            ],
+        )
+        call: grpc.UnaryStreamMultiCallable[pb.StreamPreconditionersRequest, bytes]
+        call = self.channel.unary_stream(
+            f"/{SERVICE}/StreamPreconditioners",
+            pb.StreamPreconditionersRequest.SerializeToString,
+        )
+        stream = call(request, timeout=TIMEOUT_S)
+        received: list[Outcome] = []
+        for outcome in decoded(stream):
+            received.append(outcome)
+            if len(received) == count:
+                break
+        stream.cancel()
+        return received
+
+    def versions_of(self, step: int) -> list[Version]:
+        """Push a good snapshot and return the version of each layer."""
+        (answer,) = self.push(*self.frames(snapshot_of(self.spec, step)))
+        assert not answer.HasField("refusal"), answer
+        layers = range(len(self.spec.layers))
+        held = {layer: step - 1 for layer in layers} if step else {}
+        outcomes = self.outcomes(len(layers), held)
+        return [outcome for outcome in outcomes if isinstance(outcome, Version)]
+
+
+def decoded(frames: Iterable[bytes]) -> Iterator[Outcome]:
+    """Read outcomes from a stream of frames."""
+    for data in frames:
+        frame = decode_frame(data)
+        if frame.manifest is not None:
+            message, headers = decode_outcomes_manifest(frame.manifest)
+            buffer = PayloadBuffer(headers)
+        buffer.write(frame.payload)
+        if buffer.complete:
+            yield from build_outcomes(message, buffer.tensors())
