@@ -8,8 +8,8 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,6 +35,7 @@ Record = dict[str, Any]
 EPOCHS = 6
 SEEDS = range(5)
 EQUAL_TIME_SEEDS = range(3)
+SHORT_LIST = 2  # seed 0 alone does not tell which learning rate of two is better
 SGD_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 ADAMW_RATES = (0.0005, 0.001, 0.002, 0.004, 0.006, 0.01)
 
@@ -81,7 +82,7 @@ TRIALS = (
     len(SGD_RATES)
     + len(ADAMW_RATES)
     + len(SKFAC_VARIANTS)
-    + 4 * (len(SEEDS) - 1)
+    + (2 * SHORT_LIST + 2) * len(SEEDS)
     + len(EQUAL_TIME_SEEDS)
 )
 
@@ -131,30 +132,28 @@ class Results:
             "steps": trial.epochs * self._epoch_steps,
         }
 
-    def best(self, trials: list[Trial]) -> Trial:
-        """Pick the trial with the least validation loss.
+    def loss(self, trial: Trial) -> float:
+        """Look up how good a run was that has been done.
 
         Returns:
-            One of the trials, which have all been done.
+            Its validation loss; infinity if it was not finite.
         """
-        return min(trials, key=self._loss)
+        loss = self._record(trial)["val_loss"]
+        return math.inf if loss is None else float(loss)
 
-    def median(self, trials: list[Trial]) -> dict[str, float | int]:
-        """Summarize runs that differ by their seed.
+    def median(self, trials: list[Trial]) -> Record:
+        """Summarize runs that differ by their seed, all of which have been done.
 
         Returns:
             Medians of the validation loss and of the seconds.
         """
-        seconds = [self._record(trial)["seconds"] for trial in trials]
         return {
-            "median_val_loss": statistics.median(map(self._loss, trials)),
+            "median_val_loss": statistics.median(map(self.loss, trials)),
             "seeds": len(trials),
-            "median_seconds": statistics.median(seconds),
+            "median_seconds": statistics.median(
+                self._record(trial)["seconds"] for trial in trials
+            ),
         }
-
-    def _loss(self, trial: Trial) -> float:
-        loss = self._record(trial)["val_loss"]
-        return math.inf if loss is None else float(loss)
 
     def _record(self, trial: Trial) -> Record:
         record = self.of(trial)
@@ -167,65 +166,73 @@ class Search:
 
     def __init__(self, results: Results) -> None:
         self._results = results
-        self._sgd = [
-            Trial(optimizer="sgd", settings={"lr": lr, "momentum": 0.9})
-            for lr in SGD_RATES
-        ]
-        self._adamw = [
-            Trial(optimizer="adamw", settings={"lr": lr}) for lr in ADAMW_RATES
-        ]
-        self._skfac = [
-            Trial(optimizer="skfac", settings=SKFAC | variant)
-            for variant in SKFAC_VARIANTS
-        ]
+        self._grids = {
+            "sgd": [
+                Trial(optimizer="sgd", settings={"lr": lr, "momentum": 0.9})
+                for lr in SGD_RATES
+            ],
+            "adamw": [
+                Trial(optimizer="adamw", settings={"lr": lr}) for lr in ADAMW_RATES
+            ],
+            "skfac": [
+                Trial(optimizer="skfac", settings=SKFAC | variant)
+                for variant in SKFAC_VARIANTS
+            ],
+        }
 
     def trials(self) -> Iterator[Trial]:
         """List all trials; each is done before the next one is asked for.
 
         Yields:
-            The grid, then the finalists on all seeds.
+            The grids, then what is best in them on all seeds.
         """
-        yield from self._sgd + self._adamw + self._skfac
-        for name in ("sgd", "adamw", "skfac", "skfac_update_every_1"):
-            yield from self._finalists(name)
-        yield from self._finalists("adamw_equal_time")
+        for grid in self._grids.values():
+            yield from grid
+        for name in ("sgd", "adamw"):
+            for trial in self._short_list(name):
+                yield from _on_seeds(trial)
+        for settings in (SKFAC, SKFAC_UPDATE_EVERY_1):
+            yield from _on_seeds(Trial(optimizer="skfac", settings=settings))
+        yield from self._adamw_equal_time()
 
-    def medians(self) -> dict[str, dict[str, float | int]]:
-        """Summarize the finalists.
+    def medians(self) -> dict[str, Record]:
+        """Compare the best, once all trials have been done.
 
         Returns:
-            By finalist, the medians over its seeds.
+            By what was compared, the medians over its seeds.
         """
-        names = ("sgd", "adamw", "adamw_equal_time", "skfac", "skfac_update_every_1")
-        return {name: self._results.median(self._finalists(name)) for name in names}
+        every_1 = Trial(optimizer="skfac", settings=SKFAC_UPDATE_EVERY_1)
+        compared = {
+            "sgd": self._best("sgd"),
+            "adamw": self._best("adamw"),
+            "adamw_equal_time": self._adamw_equal_time(),
+            "skfac": _on_seeds(Trial(optimizer="skfac", settings=SKFAC)),
+            "skfac_update_every_1": _on_seeds(every_1),
+        }
+        return {name: self._results.median(runs) for name, runs in compared.items()}
 
-    def _finalists(self, name: str) -> list[Trial]:
-        match name:
-            case "sgd":
-                settings = self._results.best(self._sgd).settings
-            case "adamw" | "adamw_equal_time":
-                settings = self._results.best(self._adamw).settings
-            case "skfac":
-                settings = SKFAC
-            case _:
-                settings = SKFAC_UPDATE_EVERY_1
-        equal_time = name == "adamw_equal_time"
-        return [
-            Trial(
-                optimizer=name.partition("_")[0],
-                settings=settings,
-                seed=seed,
-                epochs=self._equal_time_epochs() if equal_time else EPOCHS,
-            )
-            for seed in (EQUAL_TIME_SEEDS if equal_time else SEEDS)
-        ]
+    def _short_list(self, name: str) -> list[Trial]:
+        return sorted(self._grids[name], key=self._results.loss)[:SHORT_LIST]
 
-    def _equal_time_epochs(self) -> int:
-        skfac, adamw = (
-            self._results.median(self._finalists(name))["median_seconds"]
-            for name in ("skfac", "adamw")
+    def _best(self, name: str) -> list[Trial]:
+        finalists = map(_on_seeds, self._short_list(name))
+        return min(
+            finalists, key=lambda runs: self._results.median(runs)["median_val_loss"]
         )
-        return math.ceil(EPOCHS * skfac / adamw)
+
+    def _adamw_equal_time(self) -> list[Trial]:
+        adamw = self._best("adamw")
+        skfac = _on_seeds(Trial(optimizer="skfac", settings=SKFAC))
+        ratio = (
+            self._results.median(skfac)["median_seconds"]
+            / self._results.median(adamw)["median_seconds"]
+        )
+        longer = replace(adamw[0], epochs=math.ceil(EPOCHS * ratio))
+        return _on_seeds(longer, EQUAL_TIME_SEEDS)
+
+
+def _on_seeds(trial: Trial, seeds: Iterable[int] = SEEDS) -> list[Trial]:
+    return [replace(trial, seed=seed) for seed in seeds]
 
 
 def recipe(
@@ -269,10 +276,10 @@ def main(
     """Search settings for the deep autoencoder and compare the best ones.
 
     SGD, AdamW and SKFAC each train examples/autoencoder.py's model with a grid of
-    settings on seed 0, then with the best (SKFAC: the recommended) on more seeds; AdamW
-    also for as many epochs as take the seconds of SKFAC. Runs in the file are not done
-    again. The last line printed is one JSON object with the medians of the validation
-    loss. Nothing else should run meanwhile, or the seconds mean little.
+    settings on seed 0, then with the two best (SKFAC: the two recommended) on more
+    seeds; AdamW also for as many epochs as take the seconds of SKFAC. Runs in the file
+    are not done again. The last line printed is one JSON object with the medians of the
+    validation loss. Nothing else should run meanwhile, or the seconds mean little.
     """
     task = autoencoding()
     done = Results(results, task.epoch_steps)

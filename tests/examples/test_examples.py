@@ -25,7 +25,7 @@ def environment():
 
 
 def run(script, *options):
-    return subprocess.run(  # noqa: S603  # our own scripts
+    return subprocess.run(  # our own scripts
         command(script, *options),
         env=environment(),
         capture_output=True,
@@ -47,9 +47,8 @@ def check_runs(lines, metric, steps):
     for result in results:
         own = [line for line in lines if line["optimizer"] == result["optimizer"]]
         assert own[-1] is result
-        assert list(result) == [
-            "optimizer", "steps", "val_loss", metric, "seconds", "report"
-        ]  # fmt: skip
+        keys = ["optimizer", "steps", "val_loss", metric, "seconds", "report"]
+        assert list(result) == keys
         assert result["steps"] == steps
         for key in ("val_loss", metric, "seconds"):
             assert math.isfinite(result[key])
@@ -106,17 +105,17 @@ def test_a_target_that_is_none_is_refused_before_anything_is_trained():
 
 
 def test_ctrl_c_ends_cleanly():
-    process = subprocess.Popen(  # noqa: S603  # our own scripts
-        command(
-            "classifier.py",
-            "--data",
-            "digits",
-            "--optimizer",
-            "skfac",
-            "--json",
-            "--epochs",
-            "100000",
-        ),  # fmt: skip
+    options = [
+        "--data",
+        "digits",
+        "--optimizer",
+        "skfac",
+        "--json",
+        "--epochs",
+        "100000",
+    ]
+    process = subprocess.Popen(  # our own scripts
+        command("classifier.py", *options),
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -120,8 +120,8 @@ def test_no_rows_are_a_loss(counts):
 
 @pytest.mark.parametrize("retries", [1, 2, 3])
 def test_a_bad_condition_is_helped_by_ten_times_the_damping(retries):
-    # With λ_A = λ_G = √λ and condition 10⁴ over √λ, float32 holds 8 · 10⁵.
-    rows, damping = torch.full((1, 3), 100 / 3**0.5), 8e-5 * 10.0**-retries
+    # The condition is 10⁴ / √λ and float32 holds 8.4 · 10⁵: λ ≥ 1.4 · 10⁻⁴.
+    rows, damping = torch.full((1, 3), 100 / 3**0.5), 5e-4 * 10.0**-retries
     task = task_with(rows, rows, damping)
 
     solution = Solver("cpu").solve(task)

@@ -116,7 +116,7 @@ class RawClient:
         (answer,) = self.push(*self.frames(snapshot_of(self.spec, step)))
         assert not answer.HasField("refusal"), answer
         layers = range(len(self.spec.layers))
-        held = {layer: step - 1 for layer in layers} if step else {}
+        held = dict.fromkeys(layers, step - 1) if step else {}
         outcomes = self.outcomes(len(layers), held)
         return [outcome for outcome in outcomes if isinstance(outcome, Version)]
 

@@ -1,19 +1,27 @@
 """Builders of what crosses the wire, with defaults for what a test is not about."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from skfac.curvature.layer import precondition_layer
 from skfac.service.assembler import Assembly
+from skfac.service.config import EngineConfig
+from skfac.service.local_engine import LocalEngine
+from skfac.service.metrics import Metrics
 from skfac.service.scheduler import Task
-from skfac.wire.outcome import Loss, LossReason, Version
+from skfac.service.subscription import LocalSubscription
+from skfac.wire.outcome import Loss, LossReason, Outcome, Version
 from skfac.wire.session import LayerSpec, SessionSpec
 from skfac.wire.snapshot import LayerRows, Snapshot
 from tests.support.dense import normal
+
+PATIENCE_S = 30.0
+"""How long a test waits for what should come at once."""
 
 
 class FakeClock:
@@ -113,3 +121,57 @@ def version(step: int = 0, layer: int = 0, *, count: int = 4) -> Version:
 
 def loss(step: int = 0, layer: int = 0, *, reason: LossReason = "failed") -> Loss:
     return Loss(layer, step, reason, f"Step {step} is {reason}.")
+
+
+class Harness:
+    """An engine and the clock that it lives by."""
+
+    def __init__(self, **config: float) -> None:
+        self.clock = FakeClock()
+        self.metrics = Metrics()
+        checked = EngineConfig.model_validate(config)
+        self.engine = LocalEngine(checked, self.metrics, self.clock)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.engine.close()
+
+    def open(self, spec: SessionSpec, rank: int = 0) -> str:
+        return self.engine.open_session(spec, rank).session_id
+
+    def take(self, subscription: LocalSubscription, count: int) -> list[Outcome]:
+        """Wait for `count` outcomes, and get no more."""
+        outcomes: list[Outcome] = []
+        while len(outcomes) < count:
+            taken = subscription.take(PATIENCE_S)
+            assert taken, f"{len(outcomes)} of {count} outcomes came"
+            outcomes += taken
+        assert len(outcomes) == count
+        return outcomes
+
+    def solve(self, session_id: str, *sent: Snapshot) -> list[Outcome]:
+        """Push snapshots of all ranks and wait for what becomes of their rows."""
+        seen = self.engine.status(session_id).sessions[0]
+        with closing(self.engine.subscribe(session_id, {})) as subscription:
+            count = seen.solved + seen.failed
+            count += sum(
+                self.engine.submit(session_id, s) * len(s.layers) for s in sent
+            )
+            return self.take(subscription, count)[seen.solved + seen.failed :]
+
+    def advance(self, seconds: float) -> None:
+        """Move the clock and wait until the engine's thread has acted on it."""
+        self.clock.now_s += seconds
+        probe = self.open(session_spec(job="probe", instance=str(self.clock.now_s)))
+        self.solve(probe, snapshot(session_spec()))
+        self.engine.close_session(probe, 0)
+
+    def jobs(self) -> list[str]:
+        return [session.job for session in self.engine.status().sessions]
+
+
+def keys(outcomes: list[Outcome]) -> list[tuple[int, int]]:
+    """Layer and step of each."""
+    return [(outcome.layer, outcome.step) for outcome in outcomes]

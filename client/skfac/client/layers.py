@@ -145,4 +145,5 @@ def _track(
         return None
     if geometry.bias and id(module.bias) not in groups:
         return None
-    return TrackedLayer(name, module, geometry, group)
+    # A model that is a layer itself has no other name.
+    return TrackedLayer(name or "model", module, geometry, group)

@@ -1,0 +1,110 @@
+"""Which layers are tracked, what passes through, and gradients as matrices."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from skfac.client import ConfigurationError, PassThroughWarning
+from skfac.client.layers import track_layers
+
+
+def tracked(model: nn.Module, *skip: str, parameters=None) -> list[str]:
+    optimizer = torch.optim.SGD(parameters or model.parameters(), lr=0.5)
+    return [layer.name for layer in track_layers(model, optimizer, skip)]
+
+
+def test_linear_and_convolution_are_tracked_in_order():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Linear(3, 4))
+
+    assert tracked(model) == ["0", "2"]
+
+
+def test_what_passes_through_is_named_once():
+    model = nn.Sequential(
+        nn.Linear(3, 4),
+        nn.LayerNorm(4),
+        nn.Conv2d(2, 2, 1, groups=2),
+        nn.Embedding(3, 4),
+    )
+    with pytest.warns(PassThroughWarning) as caught:
+        assert tracked(model) == ["0"]
+
+    (warning,) = caught
+    for name in ("1 (LayerNorm)", "2 (Conv2d)", "3 (Embedding)"):
+        assert name in str(warning.message)
+    assert "0 (Linear)" not in str(warning.message)
+
+
+def test_skip_is_silent():
+    model = nn.ModuleDict({"head": nn.Linear(3, 4), "norm": nn.LayerNorm(4)})
+    model["body"] = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tracked(model, "norm", "body.*") == ["head"]
+
+
+def test_frozen_layers_are_left_out_silently():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4))
+    model[0].requires_grad_(False)
+
+    assert tracked(model) == ["1"]
+
+
+def test_layers_of_another_optimizer_are_left_out():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4))
+
+    assert tracked(model, parameters=list(model[0].parameters())) == ["0"]
+
+
+def test_modules_that_share_a_weight_pass_through():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+
+    with pytest.warns(PassThroughWarning, match=r"0 \(Linear\), 1 \(Linear\)"):
+        assert tracked(model) == ["2"]
+
+
+def test_a_model_without_layers_is_refused():
+    with (
+        pytest.raises(ConfigurationError, match="no layer to precondition"),
+        pytest.warns(PassThroughWarning, match="the model itself"),
+    ):
+        tracked(nn.LayerNorm(3))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "make", [lambda b: nn.Linear(3, 4, b), lambda b: nn.Conv2d(2, 4, 3, bias=b)]
+)
+def test_gradients_round_trip_as_matrices(make, bias):
+    module = make(bias)
+    (layer,) = track_layers(module, torch.optim.SGD(module.parameters(), lr=0.5), ())
+    assert layer.gradient() is None
+    for parameter in module.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    before = {name: p.grad.clone() for name, p in module.named_parameters()}
+
+    matrix = layer.gradient()
+    assert matrix is not None
+    assert matrix.shape == (layer.spec.d_out, layer.spec.d_in)
+    if bias:
+        assert torch.equal(matrix[:, -1], before["bias"])
+    layer.set_gradient(3 * matrix)
+
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter.grad, 3 * before[name])
+
+
+def test_the_learning_rate_is_the_one_of_its_group_now():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4))
+    groups = [
+        {"params": model[0].parameters(), "lr": 0.1},
+        {"params": model[1].parameters(), "lr": 0.2},
+    ]
+    optimizer = torch.optim.SGD(groups)
+    layers = track_layers(model, optimizer, ())
+    optimizer.param_groups[1]["lr"] = torch.tensor(0.25)
+
+    assert [layer.learning_rate for layer in layers] == [0.1, 0.25]

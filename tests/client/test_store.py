@@ -1,0 +1,245 @@
+"""The rules of time, without a network: what is used when, and what is waited for."""
+
+import threading
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from skfac.client.store import Store
+from skfac.curvature.inverse import LowRankInverse
+from skfac.curvature.layer import LayerPreconditioner
+from skfac.wire.errors import LateVersionError, SessionMismatchError
+from skfac.wire.outcome import Loss, Outcome, Version
+from skfac.wire.session import LayerSpec, SessionSpec
+
+LAYERS = (
+    LayerSpec("a", "linear", 3, 2, bias=True),
+    LayerSpec("b", "linear", 2, 2, bias=False),
+)
+
+
+def store_of(*, lag=1, update_every=1, on_late="keep", wait_s=0.0, up=True) -> Store:
+    spec = SessionSpec(
+        job="job",
+        instance="1",
+        world_size=1,
+        layers=LAYERS,
+        damping_split="pi",
+        history="snapshot",
+        update_every=update_every,
+        lag=lag,
+        on_late=on_late,
+    )
+    store = Store(spec, wait_s=wait_s)
+    store.set_link(up=up)
+    return store
+
+
+def version(layer: int, step: int, *, value=0.0, damping=1.0, dims=None) -> Version:
+    d_in, d_out = dims or (LAYERS[layer].d_in, LAYERS[layer].d_out)
+    inverses = LayerPreconditioner(
+        LowRankInverse(torch.full((1, d_in), value), damping),
+        LowRankInverse(torch.zeros(1, d_out), damping),
+    )
+    return Version(layer, step, inverses, rows=1, ranks=1)
+
+
+def both(step: int) -> list[Outcome]:
+    return [version(0, step), version(1, step)]
+
+
+def used(store: Store, step: int) -> list[int | None]:
+    return [v.step if v else None for v in store.versions_at(step)]
+
+
+def test_a_version_is_held_back_until_its_step():
+    store = store_of(lag=3)
+    store.expect(0)
+    store.receive(both(0))
+
+    assert [used(store, step) for step in range(5)] == [[None] * 2] * 3 + [[0, 0]] * 2
+
+
+def test_a_late_version_is_used_as_soon_as_it_is_there():
+    store = store_of(lag=1, update_every=5)
+    store.expect(0)
+    assert used(store, 1) == [None, None]
+    store.receive([version(0, 0)])
+    assert used(store, 2) == [0, None]
+    store.receive([version(1, 0)])
+    assert used(store, 3) == [0, 0]
+    assert store.counts["late"] == 2
+    assert store.counts["vain_waits"] == 1
+
+
+def test_only_the_newest_version_that_is_due_counts():
+    store = store_of(lag=1, update_every=2)
+    store.expect(0)
+    assert used(store, 1) == [None, None]
+    store.expect(2)
+    store.receive(both(0))
+    assert used(store, 2) == [0, 0]
+    store.receive(both(2))
+    assert used(store, 3) == [2, 2]
+    store.receive(both(0))  # again, long after
+    assert used(store, 4) == [2, 2]
+
+
+def test_an_older_version_never_replaces_a_newer_one():
+    store = store_of(lag=1)
+    for step in (0, 1):
+        store.expect(step)
+    store.receive(both(1))
+    assert used(store, 2) == [1, 1]
+    store.receive(both(0))
+    assert used(store, 3) == [1, 1]
+    assert store.counts["unexpected"] == 2
+
+
+def test_a_lost_version_keeps_the_previous_one():
+    store = store_of(lag=1)
+    store.expect(0)
+    store.receive(both(0))
+    assert used(store, 1) == [0, 0]
+    store.expect(1)
+    store.receive([version(0, 1), Loss(1, 1, "failed", "it failed")])
+    assert used(store, 2) == [1, 0]
+    assert store.counts == {"solved": 3, "failed": 1}
+
+
+def test_duplicates_and_what_nobody_expects_change_nothing():
+    store = store_of()
+    store.expect(0)
+    assert store.receive([version(0, 0)]) == []
+    first = store.receive([version(1, 0)])
+    store.receive([version(1, 0, value=0.5), version(0, 9), version(7, 0, dims=(1, 1))])
+
+    assert first == [0]
+    assert store.counts["unexpected"] == 3
+    in_use = store.versions_at(1)
+    assert in_use[1] is not None
+    assert not in_use[1].preconditioner.activations.tensor.any()
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"value": float("nan")},
+        {"value": float("inf")},
+        {"damping": 0.0},
+        {"damping": float("nan")},
+        {"dims": (4, 2)},
+        {"dims": (3, 1)},
+    ],
+)
+def test_an_unusable_inverse_is_lost_and_counted(bad):
+    store = store_of()
+    store.expect(0)
+    store.receive([version(0, 0, **bad), version(1, 0)])
+
+    assert used(store, 1) == [None, 0]
+    assert store.counts["corrupt"] == 1
+    assert store.counts["failed"] == 1
+
+
+def test_it_waits_for_a_version_that_is_due():
+    store = store_of(wait_s=30.0)
+    store.expect(0)
+    answer = threading.Timer(0.05, lambda: store.receive(both(0)))
+    answer.start()
+
+    assert used(store, 1) == [0, 0]
+    assert store.counts["waits"] == 1
+    assert 0 < store.waited_s < 30
+    answer.join()
+
+
+@pytest.mark.parametrize("reason", ["down", "lost", "fails while waiting"])
+def test_it_does_not_wait_for_what_will_not_come(reason):
+    store = store_of(wait_s=1e6, up=reason != "down")
+    store.expect(0)
+    if reason == "lost":
+        store.lose(0, "refused", "NaN rows")
+    breaks = threading.Timer(0.05, lambda: store.set_link(up=False))
+    breaks.start()
+
+    assert used(store, 1) == [None, None]
+    breaks.join()
+
+
+def test_a_silent_server_is_waited_for_once():
+    store = store_of(wait_s=0.05)
+    for step in range(4):
+        store.expect(step)
+        assert used(store, step) == [None, None]
+    silent_s = store.waited_s
+    assert 0.05 <= silent_s < 0.1
+    store.receive(both(3))  # it speaks again
+    store.expect(4)
+    store.expect(5)
+    assert used(store, 4) == [3, 3]
+    used(store, 5)
+    assert store.waited_s >= silent_s + 0.05
+
+
+def test_raise_raises_and_wait_waits():
+    raising = store_of(on_late="raise", wait_s=0.01)
+    raising.expect(0)
+    with pytest.raises(LateVersionError, match="2 of 2 layers have no version"):
+        raising.versions_at(1)
+
+    waiting = store_of(on_late="wait", wait_s=0.0, up=False)
+    waiting.expect(0)
+    answer = threading.Timer(0.05, lambda: waiting.receive(both(0)))
+    answer.start()
+    assert used(waiting, 1) == [0, 0]
+    answer.join()
+
+    waiting.expect(1)
+    waiting.fail(SessionMismatchError("not you"))
+    with pytest.raises(SessionMismatchError, match="not you"):
+        waiting.versions_at(2)
+
+
+def test_a_failure_leaves_keep_alone():
+    store = store_of(wait_s=1e6, up=False)
+    store.fail(SessionMismatchError("not you"))
+    store.expect(0)
+    assert used(store, 1) == [None, None]
+    with pytest.raises(SessionMismatchError):
+        store.await_link(0.0)
+
+
+def test_memory_is_bounded():
+    store = store_of(lag=3)
+    for step in range(100):
+        store.expect(step)
+        store.versions_at(step)
+        assert len(store._expected) <= 4
+
+
+@given(
+    lag=st.integers(0, 4),
+    update_every=st.integers(1, 4),
+    delays=st.lists(st.one_of(st.none(), st.integers(0, 6)), min_size=24, max_size=24),
+)
+def test_any_schedule_of_arrivals_follows_the_rule(lag, update_every, delays):
+    store = store_of(lag=lag, update_every=update_every)
+    arrivals: dict[int, list[int]] = {}
+    arrived: set[int] = set()
+    in_use: int | None = None
+    for step in range(24):
+        if step % update_every == 0:
+            store.expect(step)
+            if delays[step] is not None:
+                arrivals.setdefault(step + delays[step], []).append(step)
+        for capture in arrivals.get(step, []):
+            store.receive(both(capture))
+            arrived.add(capture)
+        due = [c for c in range(0, step + 1, update_every) if c + lag <= step]
+        if due and due[-1] in arrived:
+            in_use = due[-1]
+
+        assert used(store, step) == [in_use] * 2

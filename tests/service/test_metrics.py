@@ -1,0 +1,141 @@
+"""What an engine counts and times, read as Prometheus reads it."""
+
+from dataclasses import replace
+
+import pytest
+from prometheus_client import generate_latest
+
+from skfac.service.metrics import Metrics
+from skfac.wire.errors import InvalidRequestError
+from tests.support.values import (
+    Harness,
+    layer_spec,
+    session_spec,
+    snapshot,
+)
+
+PAIR = session_spec(layer_spec("a"), layer_spec("b"), world_size=2)
+STAGES = ["assemble", "queue", "solve"]
+
+
+@pytest.fixture
+def harness():
+    with Harness(assembly_timeout_s=8) as harness:
+        yield harness
+
+
+def value(metrics: Metrics, name: str, **labels: str) -> float | None:
+    return metrics.registry.get_sample_value(name, labels)
+
+
+def test_nothing_is_counted_before_work():
+    metrics = Metrics()
+
+    assert value(metrics, "skfac_sessions") == 0
+    assert value(metrics, "skfac_queue_depth") == 0
+    assert value(metrics, "skfac_receive_seconds_count") == 0
+    assert value(metrics, "skfac_outcomes_total", session="job") is None
+
+
+def test_two_engines_count_apart():
+    first, second = Metrics(), Metrics()
+
+    first.sessions.set(3)
+
+    assert value(second, "skfac_sessions") == 0
+
+
+def test_work_is_counted(harness):
+    session_id, metrics = harness.open(PAIR), harness.metrics
+    harness.engine.submit(session_id, snapshot(PAIR, 1, 0))
+    harness.clock.now_s += 3.0
+    harness.solve(session_id, snapshot(PAIR, 1, 1, count=2))
+
+    assert value(metrics, "skfac_sessions") == 1
+    assert value(metrics, "skfac_queue_depth") == 0
+    received = 2 * (4 + 2) * (3 + 2) * 4
+    assert value(metrics, "skfac_received_bytes_total", session="job") == received
+    solved = {"session": "job", "outcome": "solved"}
+    assert value(metrics, "skfac_outcomes_total", **solved) == 2
+    assert value(metrics, "skfac_inversion_seconds_count", session="job") == 2
+    assert value(metrics, "skfac_inversion_seconds_sum", session="job") == 0
+    assert value(metrics, "skfac_retries_total", session="job") == 0
+    for stage, seconds in zip(STAGES, (6.0, 0.0, 0.0), strict=True):
+        labels = {"session": "job", "stage": stage}
+        assert value(metrics, "skfac_stage_seconds_count", **labels) == 2
+        assert value(metrics, "skfac_stage_seconds_sum", **labels) == seconds
+
+
+def test_refusals_are_counted_by_status(harness):
+    session_id = harness.open(PAIR)
+    bad = replace(snapshot(PAIR), damping=0.0)
+
+    for _ in range(2):
+        with pytest.raises(InvalidRequestError):
+            harness.engine.submit(session_id, bad)
+
+    labels = {"session": "job", "status": "INVALID_ARGUMENT"}
+    assert value(harness.metrics, "skfac_refused_total", **labels) == 2
+    assert value(harness.metrics, "skfac_received_bytes_total", session="job") is None
+
+
+def test_losses_are_counted_by_reason(harness):
+    session_id = harness.open(PAIR)
+    subscription = harness.engine.subscribe(session_id, {})
+    for rank in range(2):
+        harness.engine.submit(session_id, snapshot(PAIR, 1, rank, count=0))
+    harness.take(subscription, 2)
+
+    labels = {"session": "job", "outcome": "empty"}
+    assert value(harness.metrics, "skfac_outcomes_total", **labels) == 2
+    assert (
+        value(harness.metrics, "skfac_inversion_seconds_count", session="job") is None
+    )
+    assert value(harness.metrics, "skfac_retries_total", session="job") == 0
+
+
+def test_retries_are_counted(harness):
+    spec = session_spec()
+    rows = snapshot(spec, count=1).layers[0]
+    large = replace(
+        rows, activations=rows.activations * 1e5, derivatives=rows.derivatives * 1e5
+    )
+    sent = replace(snapshot(spec), damping=1e2, layers=(large,))
+
+    harness.solve(harness.open(spec), sent)
+
+    retries = value(harness.metrics, "skfac_retries_total", session="job")
+    assert retries is not None
+    assert retries > 0
+
+
+@pytest.mark.parametrize("how", ["closed", "replaced", "lease"])
+def test_the_series_of_a_session_go_away_with_it(harness, how):
+    session_id = harness.open(PAIR)
+    bad = replace(snapshot(PAIR), damping=0.0)
+    with pytest.raises(InvalidRequestError):
+        harness.engine.submit(session_id, bad)
+    harness.solve(session_id, snapshot(PAIR, 1, 0), snapshot(PAIR, 1, 1))
+    harness.metrics.sent_bytes.labels("job").inc()
+    assert b'session="job"' in generate_latest(harness.metrics.registry)
+
+    if how == "closed":
+        harness.engine.close_session(session_id, 0)
+    elif how == "replaced":
+        harness.open(replace(PAIR, instance="run 2"))
+    else:
+        harness.advance(60.0)
+
+    assert b'session="job"' not in generate_latest(harness.metrics.registry)
+    assert value(harness.metrics, "skfac_sessions") == (how == "replaced")
+
+
+def test_other_sessions_keep_their_series(harness):
+    one, other = harness.open(session_spec()), harness.open(session_spec(job="other"))
+    for session_id in (one, other):
+        harness.solve(session_id, snapshot(session_spec()))
+
+    harness.engine.close_session(one, 0)
+
+    labels = {"session": "other", "outcome": "solved"}
+    assert value(harness.metrics, "skfac_outcomes_total", **labels) == 1
