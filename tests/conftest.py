@@ -1,5 +1,7 @@
 """Suite-wide settings."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
@@ -7,6 +9,11 @@ from hypothesis import settings
 # Reproducible in CI, and no deadline: the first torch call is slow.
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
+
+# Tensors are tiny here: more threads would only spin on each other's cores. The
+# processes that tests start inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -24,6 +24,10 @@ def layers_of(model):
     return track_layers(model, optimizer, ())
 
 
+def raw_gradients(layers) -> list[torch.Tensor]:
+    return [layer.gradient().clone() for layer in layers]
+
+
 def version_of(layer, index: int, *, dtype=torch.float32) -> Version:
     rows = [
         torch.randn(4, dim, dtype=dtype) for dim in (layer.spec.d_in, layer.spec.d_out)
@@ -39,7 +43,7 @@ def dense(inverse) -> torch.Tensor:
 def test_the_step_is_preconditioned_and_inside_the_trust_region():
     model = model_with_gradients()
     layers = layers_of(model)
-    raw = [layer.gradient() for layer in layers]
+    raw = raw_gradients(layers)
     versions = [version_of(layer, index) for index, layer in enumerate(layers)]
     expected = [
         dense(v.preconditioner.derivatives) @ g @ dense(v.preconditioner.activations)
@@ -59,7 +63,7 @@ def test_the_step_is_preconditioned_and_inside_the_trust_region():
 def test_a_small_step_is_not_lengthened():
     model = model_with_gradients()
     layers = layers_of(model)
-    raw = [layer.gradient() for layer in layers]
+    raw = raw_gradients(layers)
 
     Apply(layers)([None, None], kl_clip=1e9)
 
@@ -70,7 +74,7 @@ def test_a_small_step_is_not_lengthened():
 def test_raw_gradients_are_bounded_too():
     model = model_with_gradients()
     layers = layers_of(model)
-    raw = [layer.gradient() for layer in layers]
+    raw = raw_gradients(layers)
     norm = sum(g.square().sum() for g in raw)
 
     Apply(layers)([None, None], kl_clip=1e-4)
@@ -109,7 +113,7 @@ def test_no_gradients_are_no_error():
 def test_gradients_keep_their_type(gradient, wire):
     model = model_with_gradients(gradient)
     layers = layers_of(model)
-    raw = [layer.gradient().to(torch.float64) for layer in layers]
+    raw = [gradient.double() for gradient in raw_gradients(layers)]
     versions = [version_of(layer, i, dtype=wire) for i, layer in enumerate(layers)]
 
     Apply(layers)(versions, kl_clip=1e9)

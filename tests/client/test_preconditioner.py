@@ -70,9 +70,11 @@ def test_a_state_of_another_model_is_refused():
         preconditioner.step()
         with pytest.raises(ConfigurationError, match="before the first step"):
             preconditioner.load_state_dict(state)
-    with Preconditioner(other, sgd(other)) as preconditioner:
-        with pytest.raises(ConfigurationError, match=r"\['model'\].*\['0'\]"):
-            preconditioner.load_state_dict(state)
+    with (
+        Preconditioner(other, sgd(other)) as preconditioner,
+        pytest.raises(ConfigurationError, match=r"\['model'\].*\['0'\]"),
+    ):
+        preconditioner.load_state_dict(state)
 
 
 def test_the_report_is_plain_and_complete():
@@ -143,7 +145,7 @@ def test_versions_that_are_too_old_are_not_used():
     model = small_cnn()
     optimizer = sgd(model)
     with Preconditioner(
-        model, optimizer, update_every=2, lag=0, max_staleness=2, wait_s=0.01
+        model, optimizer, update_every=2, lag=0, max_staleness=2
     ) as pre:
         backward(model, 0)
         pre.step()

@@ -63,7 +63,7 @@ def arrivals(draw):
 @given(case=arrivals(), resend=st.booleans())
 def test_every_version_completes_once_with_exactly_the_rows_sent(case, resend):
     spec, sent = case
-    expected: dict[tuple[int, int], dict[int, object]] = {}
+    expected = {}
     assembler, complete = assembler_of(spec), []
 
     for one in sent:

@@ -5,12 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skfac.service.publisher import Publisher
+from skfac.wire.outcome import Outcome
+from skfac.wire.session import SessionSpec
 from tests.support.values import layer_spec, loss, session_spec, version
 
 PAIR = session_spec(layer_spec("a"), layer_spec("b"), lag=3)
 
 
-def publisher_of(*published, spec=PAIR):
+def publisher_of(*published: Outcome, spec: SessionSpec = PAIR) -> Publisher:
     publisher = Publisher(spec)
     for outcome in published:
         publisher.publish(outcome)

@@ -129,9 +129,9 @@ def test_two_sessions_get_half_of_the_cost_each(first, second):
             scheduler.add(task)
 
     while scheduler.queued("first") and scheduler.queued("second"):
-        task = scheduler.take()
-        assert task is not None
-        served[task.session_id] += task.cost
+        taken = scheduler.take()
+        assert taken is not None
+        served[taken.session_id] += taken.cost
         assert abs(served["first"] - served["second"]) <= largest
 
 

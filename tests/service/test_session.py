@@ -88,7 +88,7 @@ def test_bad_declarations_are_refused(opened, change, message):
     both = snapshot(PAIR, 1, 0), snapshot(PAIR, 1, 1)
     assert harness.engine.submit(session_id, both[0])
     assert harness.solve(session_id, both[1])
-    assert harness.engine.status().sessions[0].refused == 2
+    assert harness.engine.status(session_id).sessions[0].refused == 2
 
 
 @pytest.mark.xfail(strict=True, reason="negative indices count from the end")

@@ -152,14 +152,13 @@ class Harness:
         return outcomes
 
     def solve(self, session_id: str, *sent: Snapshot) -> list[Outcome]:
-        """Push snapshots of all ranks and wait for what becomes of their rows."""
-        seen = self.engine.status(session_id).sessions[0]
+        """Push all that versions lack, and wait for one outcome of each."""
         with closing(self.engine.subscribe(session_id, {})) as subscription:
-            count = seen.solved + seen.failed
-            count += sum(
-                self.engine.submit(session_id, s) * len(s.layers) for s in sent
-            )
-            return self.take(subscription, count)[seen.solved + seen.failed :]
+            subscription.take(0.0)
+            for one in sent:
+                assert self.engine.submit(session_id, one)
+            versions = {(rows.layer, one.step) for one in sent for rows in one.layers}
+            return self.take(subscription, len(versions))
 
     def advance(self, seconds: float) -> None:
         """Move the clock and wait until the engine's thread has acted on it."""

@@ -1,6 +1,7 @@
 """What a job declares: checks, differences and versions in flight."""
 
 from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 
@@ -8,7 +9,7 @@ from skfac.wire.errors import InvalidRequestError
 from skfac.wire.session import SessionSpec
 from tests.support.values import layer_spec, session_spec
 
-OTHER_VALUES = {
+OTHER_VALUES: dict[str, Any] = {
     "job": "another job",
     "instance": "run 2",
     "world_size": 2,
@@ -22,7 +23,8 @@ OTHER_VALUES = {
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"job": ""}, "needs a job name that is not empty"),
+        ({"job": ""}, "A job name has 1 to 200 characters, got 0"),
+        ({"job": 201 * "j"}, "A job name has 1 to 200 characters, got 201"),
         ({"world_size": 0}, "world_size and update_every must be at least 1, got 0 "),
         ({"update_every": 0}, "must be at least 1, got 1 and 0"),
         ({"layers": ()}, "Job 'job' declares no layers"),
@@ -48,8 +50,9 @@ def test_layers_without_a_name_are_refused():
         layer_spec("")
 
 
-def test_the_smallest_session_is_accepted():
+def test_the_smallest_session_and_the_longest_name_are_accepted():
     session_spec(layer_spec("a", 1, 1), world_size=1, update_every=1, lag=0)
+    session_spec(job=200 * "j")
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ class Apply:
         self._ready: list[tuple[Version, LayerPreconditioner] | None]
         self._ready = [None] * len(layers)
 
+    @torch.no_grad()
     def __call__(self, versions: Sequence[Version | None], *, kl_clip: float) -> None:
         """Replace the gradient of every layer that has one.
 

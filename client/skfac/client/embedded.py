@@ -1,6 +1,5 @@
 """The same engine on a thread of the trainer's own process."""
 
-import logging
 import threading
 from collections import Counter
 from collections.abc import Mapping
@@ -12,8 +11,6 @@ from skfac.service.config import EngineConfig
 from skfac.service.local_engine import LocalEngine
 from skfac.wire.errors import ServiceError
 from skfac.wire.session import SessionSpec
-
-logger = logging.getLogger(__name__)
 
 _LOOK_AROUND_S = 60.0  # the subscription wakes by itself; this bounds a lost wake-up
 
@@ -67,7 +64,6 @@ class EmbeddedTransport:
             try:
                 self._engine.submit(self._session_id, snapshot)
             except ServiceError as error:
-                logger.warning("The snapshot of step %d was refused: %s", step, error)
                 self._store.lose(step, "refused", str(error))
             self._outbox.discard(step)
 

@@ -211,12 +211,8 @@ class GrpcTransport:
     def _read_acks(self, acks: Iterator[pb.PushSnapshotsResponse]) -> None:
         for ack in acks:
             if ack.HasField("refusal"):
-                text = ack.refusal.message
-                logger.warning(
-                    "The snapshot of step %d was refused: %s", ack.step, text
-                )
                 self._outbox.discard(ack.step)
-                self._store.lose(ack.step, "refused", text)
+                self._store.lose(ack.step, "refused", ack.refusal.message)
 
     def _subscription(self, session_id: str) -> pb.StreamPreconditionersRequest:
         held = (

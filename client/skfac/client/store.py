@@ -5,6 +5,7 @@ version that is due counts: one that is still missing is looked for again at eac
 until a newer one is due.
 """
 
+import logging
 import threading
 import time
 from collections import Counter
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 from skfac.wire.errors import LateVersionError, ServiceError
 from skfac.wire.outcome import Loss, LossReason, Outcome, Version
 from skfac.wire.session import SessionSpec
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +54,7 @@ class Store:
         self._link_up = False
         self._silent = False  # waited for in vain, and nothing was heard since
         self._failure: ServiceError | None = None
+        self._said: set[LossReason] = set()
         self.counts: Counter[str] = Counter()
         self.waited_s = 0.0
 
@@ -72,8 +76,7 @@ class Store:
                     self.counts["unexpected"] += 1
                     continue
                 slots[outcome.layer] = outcome
-                name = outcome.reason if isinstance(outcome, Loss) else "solved"
-                self.counts[name] += 1
+                self._count(outcome)
             self._changed.notify_all()
             steps = {outcome.step for outcome in outcomes}
             return [c for c in sorted(steps) if None not in self._expected.get(c, [])]
@@ -84,8 +87,8 @@ class Store:
             slots = self._expected.get(step, [])
             for layer, outcome in enumerate(slots):
                 if outcome is None:
-                    slots[layer] = Loss(layer, step, reason, message)
-                    self.counts[reason] += 1
+                    slots[layer] = lost = Loss(layer, step, reason, message)
+                    self._count(lost)
             self._changed.notify_all()
 
     def set_link(self, *, up: bool) -> None:
@@ -235,6 +238,18 @@ class Store:
                 f"{missing} of {len(row)} layers have no version of step {step} after "
                 f"wait_s = {self._wait_s:g} s, lag = {self._spec.lag} steps later."
             )
+
+    def _count(self, outcome: Outcome) -> None:
+        if isinstance(outcome, Version):
+            self.counts["solved"] += 1
+            self._said.clear()
+            return
+        self.counts[outcome.reason] += 1
+        # Said once, not at every step, until a version arrives again.
+        level = logging.DEBUG if outcome.reason in self._said else logging.WARNING
+        self._said.add(outcome.reason)
+        text = "The version of step %d is lost (%s): %s"
+        logger.log(level, text, outcome.step, outcome.reason, outcome.message)
 
     def _settled(self) -> bool:
         return all(None not in row for row in self._expected.values())

@@ -9,6 +9,9 @@ from skfac.wire.errors import InvalidRequestError
 History = Literal["snapshot"]
 OnLate = Literal["keep", "wait", "raise"]
 
+MAX_JOB_LENGTH = 200
+"""Of a job's name, which labels its metrics."""
+
 
 @dataclass(frozen=True)
 class LayerSpec:
@@ -65,8 +68,10 @@ class SessionSpec:
     on_late: OnLate
 
     def __post_init__(self) -> None:
-        if not self.job:
-            raise InvalidRequestError("A session needs a job name that is not empty.")
+        if not 1 <= len(self.job) <= MAX_JOB_LENGTH:
+            raise InvalidRequestError(
+                f"A job name has 1 to {MAX_JOB_LENGTH} characters, got {len(self.job)}."
+            )
         if self.world_size < 1 or self.update_every < 1:
             raise InvalidRequestError(
                 f"world_size and update_every must be at least 1, got "
