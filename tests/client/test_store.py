@@ -10,7 +10,11 @@ from hypothesis import strategies as st
 from skfac.client.store import Store
 from skfac.curvature.inverse import LowRankInverse
 from skfac.curvature.layer import LayerPreconditioner
-from skfac.wire.errors import LateVersionError, SessionMismatchError
+from skfac.wire.errors import (
+    LateVersionError,
+    ServerUnavailableError,
+    SessionMismatchError,
+)
 from skfac.wire.outcome import Loss, Outcome, Version
 from skfac.wire.session import LayerSpec, SessionSpec
 
@@ -154,6 +158,34 @@ def test_it_waits_for_a_version_that_is_due():
     assert store.counts["waits"] == 1
     assert 0 < store.waited_s < 30
     answer.join()
+
+
+def test_an_inverse_that_is_no_matrix_is_lost():
+    store = store_of()
+    store.expect(0)
+    good = version(0, 0)
+    vector = LowRankInverse.__new__(LowRankInverse)
+    object.__setattr__(vector, "basis", torch.zeros(3))
+    object.__setattr__(vector, "damping", 1.0)
+    inverses = LayerPreconditioner.__new__(LayerPreconditioner)
+    object.__setattr__(inverses, "activations", vector)
+    object.__setattr__(inverses, "derivatives", good.preconditioner.derivatives)
+    store.receive([Version(0, 0, inverses, rows=1, ranks=1)])
+
+    assert used(store, 1) == [None, None]
+    assert store.counts["corrupt"] == 1
+
+
+def test_a_bug_in_a_transport_is_a_failure_that_is_said(caplog):
+    store = store_of(wait_s=1e6, on_late="wait")
+    store.expect(0)
+    with store.guard():
+        raise ZeroDivisionError("a bug")
+
+    assert not store.link_up
+    assert "no more versions will come" in caplog.text
+    with pytest.raises(ServerUnavailableError, match="ZeroDivisionError: a bug"):
+        store.versions_at(1)
 
 
 @pytest.mark.parametrize("reason", ["down", "lost", "fails while waiting"])

@@ -238,3 +238,27 @@ def test_memory_is_bounded_after_many_steps(present):
         sizes.append(memory(assembler))
 
     assert max(sizes[10:]) == sizes[10]
+
+
+def test_an_older_version_may_time_out_after_a_newer_one():
+    trio = session_spec(world_size=3)
+    assembler = assembler_of(trio)
+    push(assembler, snapshot(trio, 2, 0), now_s=0.0)
+    push(assembler, snapshot(trio, 1, 1), now_s=5.0)
+
+    assert keys(assembler.expired(TIMEOUT_S)) == [(0, 2)]
+    push(assembler, snapshot(trio, 1, 2), now_s=9.0)
+    (older,) = assembler.expired(5.0 + TIMEOUT_S)
+
+    assert (older.step, sorted(older.rows)) == (1, [1, 2])
+    push(assembler, snapshot(trio, 2, 1), now_s=14.0)
+    assert assembler.deadline_s is None, "Step 2 is begun a second time."
+
+
+def test_steps_between_those_that_came_are_refused():
+    assembler = assembler_of(PAIR)
+    for step in (5, 7):
+        push(assembler, snapshot(PAIR, step))
+
+    with pytest.raises(SessionMismatchError, match="step 6 of layer 'a' after step 7"):
+        assembler.wants(snapshot(PAIR, 6).header)

@@ -59,14 +59,16 @@ class EmbeddedTransport:
 
     def _send(self) -> None:
         step = -1
-        while (snapshot := self._outbox.next_after(step, self._stop)) is not None:
-            step = snapshot.step
-            try:
-                self._engine.submit(self._session_id, snapshot)
-            except ServiceError as error:
-                self._store.lose(step, "refused", str(error))
-            self._outbox.discard(step)
+        with self._store.guard():
+            while (snapshot := self._outbox.next_after(step, self._stop)) is not None:
+                step = snapshot.step
+                try:
+                    self._engine.submit(self._session_id, snapshot)
+                except ServiceError as error:
+                    self._store.lose(step, "refused", str(error))
+                self._outbox.discard(step)
 
     def _receive(self) -> None:
-        while not self._stop.is_set():
-            self._store.receive(self._subscription.take(_LOOK_AROUND_S))
+        with self._store.guard():
+            while not self._stop.is_set():
+                self._store.receive(self._subscription.take(_LOOK_AROUND_S))

@@ -23,6 +23,7 @@ from skfac.wire.codec import (
 )
 from skfac.wire.errors import (
     InvalidRequestError,
+    LimitExceededError,
     ServerUnavailableError,
     ServiceError,
     SessionNotFoundError,
@@ -95,17 +96,17 @@ class GrpcTransport:
             before_sleep=self._log_first_failure,
             reraise=True,
         )
-        while not self._closed.is_set():
-            try:
-                connect(self._connect_and_serve)
-            except _TRANSIENT:
-                continue  # only when closed
-            except ServiceError as error:
-                logger.error("%s refuses this trainer: %s", self._target, error)
-                self._store.fail(error)
-                return
-
-            self._closed.wait(_PAUSE_S)
+        with self._store.guard():
+            while not self._closed.is_set():
+                try:
+                    connect(self._connect_and_serve)
+                except _TRANSIENT:
+                    continue  # only when closed
+                except ServiceError as error:
+                    logger.error("%s refuses this trainer: %s", self._target, error)
+                    self._store.fail(error)
+                    return
+                self._closed.wait(_PAUSE_S)
 
     def _log_first_failure(self, state: tenacity.RetryCallState) -> None:
         if state.attempt_number == 1 and state.outcome is not None:
@@ -139,7 +140,11 @@ class GrpcTransport:
             stub = rpc.PreconditioningServiceStub(channel)
             answer = stub.OpenSession(request, timeout=_CALL_TIMEOUT_S)
         except grpc.RpcError as error:
-            raise _translated(error) from None
+            refusal = _translated(error)
+            if isinstance(refusal, LimitExceededError) and self._counts["connects"]:
+                # It had room for this trainer before: it may have again.
+                raise ServerUnavailableError(str(refusal)) from None
+            raise refusal from None
         return answer.session_id
 
     def _say_goodbye(self, channel: grpc.Channel, session_id: str) -> None:
@@ -248,6 +253,9 @@ def _run_stream(body: Callable[[], None], errors: list[str]) -> None:
             errors.append(str(_translated(error)))
     except ServiceError as error:
         errors.append(str(error))
+    except Exception as error:  # a bug here or there must not end the link
+        logger.exception("A stream failed.")
+        errors.append(f"{type(error).__name__}: {error}")
 
 
 def _translated(error: grpc.RpcError) -> ServiceError:

@@ -9,9 +9,15 @@ import logging
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from skfac.wire.errors import LateVersionError, ServiceError
+from skfac.wire.errors import (
+    LateVersionError,
+    ServerUnavailableError,
+    ServiceError,
+)
 from skfac.wire.outcome import Loss, LossReason, Outcome, Version
 from skfac.wire.session import SessionSpec
 
@@ -103,6 +109,20 @@ class Store:
         with self._changed:
             self._failure = error
             self._changed.notify_all()
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Turn a bug in a transport's thread into a failure that is said and counted.
+
+        Yields:
+            Nothing.
+        """
+        try:
+            yield
+        except Exception as error:
+            logger.exception("The transport failed; no more versions will come.")
+            self.set_link(up=False)
+            self.fail(ServerUnavailableError(f"{type(error).__name__}: {error}"))
 
     def newest(self) -> dict[int, int]:
         """Find the newest version that is here, in use or waiting for its step.
@@ -259,11 +279,13 @@ class Store:
         if isinstance(outcome, Loss) or outcome.layer >= len(self._spec.layers):
             return outcome
         layer, inverses = self._spec.layers[outcome.layer], outcome.preconditioner
-        dims = inverses.activations.dim, inverses.derivatives.dim
+        matrices = all(tensor.ndim == 2 for tensor in inverses.tensors)
         positive = min(inverses.activations.damping, inverses.derivatives.damping) > 0
         finite = all(tensor.isfinite().all() for tensor in inverses.tensors)
-        if dims == (layer.d_in, layer.d_out) and positive and finite:
-            return outcome
+        if matrices and positive and finite:
+            dims = inverses.activations.dim, inverses.derivatives.dim
+            if dims == (layer.d_in, layer.d_out):
+                return outcome
         self.counts["corrupt"] += 1
         text = f"The server sent an unusable inverse of layer {layer.name!r}."
         return Loss(outcome.layer, outcome.step, "failed", text)
