@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skfac.client.store import Store
-from skfac.curvature.inverse import LowRankInverse
+from skfac.curvature.inverse import DenseInverse, LowRankInverse
 from skfac.curvature.layer import LayerPreconditioner
 from skfac.wire.errors import (
     LateVersionError,
@@ -174,6 +174,21 @@ def test_an_inverse_that_is_no_matrix_is_lost():
 
     assert used(store, 1) == [None, None]
     assert store.counts["corrupt"] == 1
+
+
+def test_a_dense_inverse_that_is_not_square_is_lost():
+    store = store_of()
+    store.expect(0)
+    good = version(0, 0).preconditioner.derivatives
+    oblong = LayerPreconditioner.__new__(LayerPreconditioner)
+    dense = DenseInverse.__new__(DenseInverse)
+    for name, value in (("matrix", torch.ones(3, 4)), ("damping", 1.0)):
+        object.__setattr__(dense, name, value)
+    for name, value in (("activations", dense), ("derivatives", good)):
+        object.__setattr__(oblong, name, value)
+    store.receive([Version(0, 0, oblong, rows=1, ranks=1)])
+
+    assert used(store, 1) == [None, None]
 
 
 def test_a_bug_in_a_transport_is_a_failure_that_is_said(caplog):

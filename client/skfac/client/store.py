@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from skfac.curvature.inverse import FactorInverse
 from skfac.wire.errors import (
     LateVersionError,
     ServerUnavailableError,
@@ -278,14 +279,17 @@ class Store:
         # A server that is wrong must not change the model: such a version is lost.
         if isinstance(outcome, Loss) or outcome.layer >= len(self._spec.layers):
             return outcome
-        layer, inverses = self._spec.layers[outcome.layer], outcome.preconditioner
-        matrices = all(tensor.ndim == 2 for tensor in inverses.tensors)
-        positive = min(inverses.activations.damping, inverses.derivatives.damping) > 0
-        finite = all(tensor.isfinite().all() for tensor in inverses.tensors)
-        if matrices and positive and finite:
-            dims = inverses.activations.dim, inverses.derivatives.dim
-            if dims == (layer.d_in, layer.d_out):
-                return outcome
+        layer, both = self._spec.layers[outcome.layer], outcome.preconditioner
+        pairs = (both.activations, layer.d_in), (both.derivatives, layer.d_out)
+        if all(_is_usable(inverse, dim) for inverse, dim in pairs):
+            return outcome
         self.counts["corrupt"] += 1
         text = f"The server sent an unusable inverse of layer {layer.name!r}."
         return Loss(outcome.layer, outcome.step, "failed", text)
+
+
+def _is_usable(inverse: FactorInverse, dim: int) -> bool:
+    matrix = inverse.tensor
+    if matrix.ndim != 2 or (inverse.dim, matrix.shape[1]) != (dim, dim):
+        return False
+    return inverse.damping > 0 and bool(matrix.isfinite().all())
