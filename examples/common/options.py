@@ -48,7 +48,7 @@ Target = Annotated[
         metavar="embedded | HOST:PORT | unix:/PATH",
         callback=_known_target,
         help="Where SKFAC inverts its factors: on a thread of this process, or on the "
-        "server that listens there. The others never ask a server.",
+        "server (`skfac serve`) that listens there.",
     ),
 ]
 Epochs = Annotated[
@@ -56,8 +56,8 @@ Epochs = Annotated[
     typer.Option(
         "--epochs",
         min=1,
-        help="Passes over the training digits. The learning rate, and SKFAC's trust "
-        "region, shrink to 0 over all of them.",
+        help="Passes over the training digits. The learning rate falls linearly, to 0 "
+        "after the last one.",
     ),
 ]
 Seed = Annotated[

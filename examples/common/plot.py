@@ -36,7 +36,7 @@ def draw(task: Task, runs: dict[OptimizerName, list[Event]], path: Path) -> None
             for name, events in runs.items():
                 _add_run(axes, name, events, against)
             _tidy(axes)
-        by_step.set(xlabel="steps", ylabel=task.loss_name)
+        by_step.set(xlabel="steps", ylabel=f"{task.loss_name}, log scale")
         by_seconds.set(xlabel="seconds, without validation")
         by_step.legend(frameon=False)
         figure.suptitle("Training loss (lines) and validation loss (markers)")
@@ -63,7 +63,7 @@ def _add_run(
         color=color,
         linestyle="",
         marker=marker,
-        markersize=6,
+        markersize=7,
         markeredgecolor="white",
     )
     # The legend shows a line with its marker, which no single artist above has.
@@ -87,7 +87,7 @@ def _tidy(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e4e4e4", linewidth=0.7)
     axes.set_axisbelow(True)
-    axes.margins(x=0.08)
+    axes.margins(x=0.1)
 
 
 def _smoothed(losses: Iterable[float]) -> Iterator[float]:

@@ -23,16 +23,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from common.options import OptimizerName
-from common.plot import draw
 from common.training import Event, Result, Step, Task, Validation, train
 from skfac.client import Preconditioner, SkfacError
 
 _JSON_EVERY_STEPS = 10
 
-Build = Callable[
-    [OptimizerName, nn.Module, int], tuple[Optimizer, Preconditioner | None]
-]
-"""Makes what trains a model under an optimizer's name, in a number of steps."""
+Build = Callable[[OptimizerName, nn.Module], tuple[Optimizer, Preconditioner | None]]
+"""Makes what trains a model, for the name of an optimizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +64,8 @@ def compare(task: Task, build: Build, request: Request) -> None:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         raise typer.Exit(1) from error
     if request.plot:
+        from common.plot import draw  # not everyone who trains has matplotlib
+
         draw(task, runs, request.plot)
     if not request.as_json:
         _print_results(task, {name: result_of(run) for name, run in runs.items()})

@@ -16,8 +16,8 @@ from skfac.client import Preconditioner
 
 BATCH_SIZE = 128
 
-Recipe = Callable[[nn.Module, int], tuple[Optimizer, Preconditioner | None]]
-"""Makes what trains a model in a number of steps."""
+Recipe = Callable[[nn.Module], tuple[Optimizer, Preconditioner | None]]
+"""Makes what trains a model."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -106,7 +106,7 @@ def train(
     torch.manual_seed(seed)
     model = task.build_model()
     steps = epochs * task.epoch_steps
-    optimizer, preconditioner = recipe(model, steps)
+    optimizer, preconditioner = recipe(model)
     schedule = LambdaLR(optimizer, lambda step: 1 - step / steps)
     seconds = 0.0
     with preconditioner or nullcontext():

@@ -52,6 +52,14 @@ def test_frozen_layers_are_left_out_silently():
     assert tracked(model) == ["1"]
 
 
+def test_a_frozen_weight_with_a_trained_bias_passes_through():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4))
+    model[0].weight.requires_grad_(False)
+
+    with pytest.warns(PassThroughWarning, match=r"0 \(Linear\)"):
+        assert tracked(model) == ["1"]
+
+
 def test_layers_of_another_optimizer_are_left_out():
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4))
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skfac.client.store import Store
+from skfac.client.store import Store, StoreState
 from skfac.curvature.inverse import DenseInverse, LowRankInverse
 from skfac.curvature.layer import LayerPreconditioner
 from skfac.wire.errors import (
@@ -257,6 +257,14 @@ def test_a_failure_leaves_keep_alone():
     assert used(store, 1) == [None, None]
     with pytest.raises(SessionMismatchError):
         store.await_link(0.0)
+
+
+def test_what_a_checkpoint_still_expected_is_not_waited_for():
+    store = store_of(on_late="wait")
+    store.restore(StoreState([version(0, 3), None], {4: [None, version(1, 4)]}))
+
+    assert used(store, 5) == [3, 4]
+    assert store.counts["superseded"] == 1
 
 
 def test_memory_is_bounded():

@@ -171,7 +171,6 @@ def test_a_subscription_holds_the_lease(harness):
     assert harness.jobs() == subscription.take(PATIENCE_S) == []
 
 
-@pytest.mark.xfail(strict=True, reason="open_session does not wake the thread")
 def test_the_thread_learns_of_a_new_lease(harness, monkeypatch):
     waiting = harness.engine._changed
     woken = threading.Event()
@@ -306,6 +305,7 @@ def test_a_session_closed_while_it_is_solved_publishes_nothing(harness, gate):
     harness.engine.submit(session_id, snapshot(SPEC))
     assert entered.wait(PATIENCE_S)
     harness.engine.close_session(session_id, 0)
+    assert len(harness.engine._scheduler) == 0
     again = harness.open(SPEC)
     subscription = harness.engine.subscribe(again, {})
 
@@ -313,7 +313,6 @@ def test_a_session_closed_while_it_is_solved_publishes_nothing(harness, gate):
     harness.advance(0.0)
 
     assert subscription.take(0.0) == []
-    assert harness.engine.status(again).sessions[0].solved == 0
 
 
 # ------------------------------------------------------------------- the end
@@ -338,7 +337,6 @@ def test_draining_publishes_all_that_was_queued(harness, gate):
     assert keys(subscription.take(0.0)) == [(0, 3), (1, 3), (0, 4), (1, 4)]
 
 
-@pytest.mark.xfail(strict=True, reason="assemblies that lack a rank are not drained")
 def test_draining_publishes_what_waits_for_other_ranks(harness):
     session_id = harness.open(PAIR)
     subscription = harness.engine.subscribe(session_id, {})

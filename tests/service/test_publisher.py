@@ -86,7 +86,6 @@ def test_the_newest_version_is_not_a_loss():
     assert publisher.newest_version(0) is newest
 
 
-@pytest.mark.xfail(strict=True, reason="losses push the newest version out")
 def test_losses_do_not_hide_that_a_version_was_solved():
     newest = version(0)
 

@@ -148,7 +148,6 @@ def test_a_session_that_was_idle_earns_no_credit():
     assert [owners[i : i + 2].count("idle") for i in range(0, 20, 2)] == [1] * 10
 
 
-@pytest.mark.xfail(strict=True, reason="with nothing queued, the past is remembered")
 def test_a_session_earns_no_credit_while_nothing_is_queued():
     scheduler = Scheduler()
     for step in range(20):  # each is solved before the next is there

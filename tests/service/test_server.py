@@ -182,6 +182,19 @@ def test_a_payload_that_is_too_long_is_refused(client):
     assert_still_serves(client)
 
 
+def test_a_snapshot_has_one_answer_whatever_follows(client):
+    huge = with_rows(client.spec, torch.randn(7, 6), torch.randn(7, 3), damping=0.0)
+    (first,) = client.frames(huge)
+    rest = client.frames(snapshot_of(client.spec, 0))[0][:-9]  # cannot be read
+    payload = pb.PushSnapshotsRequest(payload=b"more", checksum=1).SerializeToString()
+    good = client.frames(snapshot_of(client.spec, 1))
+
+    answers = client.push(first, payload, rest, *good, *good, payload)
+
+    assert [a.HasField("refusal") for a in answers] == [True, False, False]
+    assert [a.duplicate for a in answers] == [False, False, True]
+
+
 def test_steps_do_not_go_backwards(client, other):
     later, earlier = (snapshot_of(client.spec, step) for step in (7, 6))
 

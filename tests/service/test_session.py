@@ -91,7 +91,6 @@ def test_bad_declarations_are_refused(opened, change, message):
     assert harness.engine.status(session_id).sessions[0].refused == 2
 
 
-@pytest.mark.xfail(strict=True, reason="negative indices count from the end")
 def test_negative_layers_are_refused(opened):
     harness, session_id = opened
     sent = Snapshot(0, 1, 0.5, (replace(GOOD, layer=-1),))
@@ -100,7 +99,6 @@ def test_negative_layers_are_refused(opened):
         harness.engine.admit(session_id, sent.header)
 
 
-@pytest.mark.xfail(strict=True, reason="any dtype that both sides share is admitted")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.int32])
 def test_dtypes_that_cannot_be_sent_back_are_refused(opened, dtype):
     sent = Snapshot(0, 1, 0.5, (layer_rows(SPEC, dtype=dtype),))
@@ -144,7 +142,6 @@ def test_rows_that_wait_are_bounded_by_session():
         assert harness.engine.submit(session_id, snapshot(PAIR, 2))
 
 
-@pytest.mark.xfail(strict=True, raises=LimitExceededError, reason="quota before wanted")
 def test_duplicates_are_acknowledged_at_the_limit():
     with Harness(max_session_bytes=ROWS_BYTES) as harness:
         session_id = harness.open(PAIR)

@@ -171,6 +171,6 @@ class Harness:
         return [session.job for session in self.engine.status().sessions]
 
 
-def keys(outcomes: list[Outcome]) -> list[tuple[int, int]]:
+def keys(parts: Sequence[Outcome | Assembly]) -> list[tuple[int, int]]:
     """Layer and step of each."""
-    return [(outcome.layer, outcome.step) for outcome in outcomes]
+    return [(part.layer, part.step) for part in parts]

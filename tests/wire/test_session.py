@@ -28,6 +28,7 @@ OTHER_VALUES: dict[str, Any] = {
         ({"world_size": 0}, "world_size and update_every must be at least 1, got 0 "),
         ({"update_every": 0}, "must be at least 1, got 1 and 0"),
         ({"layers": ()}, "Job 'job' declares no layers"),
+        ({"lag": 64, "update_every": 1}, "keeps 65 versions .* at most 64"),
         (
             {"layers": (layer_spec("a"), layer_spec("b"), layer_spec("b", 9))},
             "Layer 'b' is declared twice",
@@ -39,7 +40,7 @@ def test_wrong_sessions_are_refused(changes, message):
         session_spec(**changes)
 
 
-@pytest.mark.parametrize(("d_in", "d_out"), [(0, 1), (1, 0), (-1, 1)])
+@pytest.mark.parametrize(("d_in", "d_out"), [(0, 1), (1, 0), (-1, 1), (2**40 + 1, 1)])
 def test_layers_without_a_weight_are_refused(d_in, d_out):
     with pytest.raises(InvalidRequestError, match=f"'fc' declares a {d_out} × {d_in}"):
         layer_spec("fc", d_in, d_out)
@@ -52,7 +53,9 @@ def test_layers_without_a_name_are_refused():
 
 def test_the_smallest_session_and_the_longest_name_are_accepted():
     session_spec(layer_spec("a", 1, 1), world_size=1, update_every=1, lag=0)
-    session_spec(job=200 * "j")
+    session_spec(layer_spec(1000 * "n", 2**40, 2**40), job=200 * "j")
+    with pytest.raises(InvalidRequestError, match="a name of 1001 characters"):
+        layer_spec(1001 * "n")
 
 
 @pytest.mark.parametrize(

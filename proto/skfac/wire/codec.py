@@ -23,7 +23,7 @@ from skfac.wire.snapshot import (
     TensorHeader,
 )
 
-_DTYPES: "dict[pb.DType.ValueType, torch.dtype]" = {
+DTYPES: "dict[pb.DType.ValueType, torch.dtype]" = {
     pb.DTYPE_FLOAT32: torch.float32,
     pb.DTYPE_FLOAT64: torch.float64,
 }
@@ -43,6 +43,8 @@ _LOSS_REASONS: dict[str, LossReason] = {
     "empty": "empty",
     "refused": "refused",
 }
+
+_OUTCOMES_PER_MANIFEST = 256  # so that no manifest outgrows a frame
 
 _M = TypeVar("_M", bound=Message)
 _C = TypeVar("_C", bound=int)
@@ -179,13 +181,15 @@ def build_snapshot(header: SnapshotHeader, tensors: Sequence[Tensor]) -> Snapsho
 def encode_outcomes(outcomes: Sequence[Outcome]) -> Iterator[bytes]:
     """Write outcomes as frames, small ones packed together.
 
-    Returns:
+    Yields:
         The messages of `StreamPreconditioners`, made one at a time.
     """
-    manifest = pb.OutcomesManifest(outcomes=map(_encode_outcome, outcomes))
-    versions = (o for o in outcomes if isinstance(o, Version))
-    tensors = (tensor for v in versions for tensor in v.preconditioner.tensors)
-    return encode_frames(manifest.SerializeToString(), tensors)
+    for first in range(0, max(len(outcomes), 1), _OUTCOMES_PER_MANIFEST):
+        batch = outcomes[first : first + _OUTCOMES_PER_MANIFEST]
+        manifest = pb.OutcomesManifest(outcomes=map(_encode_outcome, batch))
+        versions = (o for o in batch if isinstance(o, Version))
+        tensors = (tensor for v in versions for tensor in v.preconditioner.tensors)
+        yield from encode_frames(manifest.SerializeToString(), tensors)
 
 
 def decode_outcomes_manifest(
@@ -287,13 +291,13 @@ def _decode_inverse(message: pb.FactorInverse, matrix: Tensor) -> FactorInverse:
 
 
 def _encode_header(tensor: Tensor) -> pb.TensorHeader:
-    if tensor.dtype not in _DTYPES.values():
+    if tensor.dtype not in DTYPES.values():
         raise InvalidRequestError(f"Cannot send tensors of {tensor.dtype}.")
-    return pb.TensorHeader(dtype=_code(_DTYPES, tensor.dtype), shape=tensor.shape)
+    return pb.TensorHeader(dtype=_code(DTYPES, tensor.dtype), shape=tensor.shape)
 
 
 def _decode_header(message: pb.TensorHeader) -> TensorHeader:
-    dtype = _DTYPES.get(message.dtype)
+    dtype = DTYPES.get(message.dtype)
     if dtype is None:
         raise InvalidRequestError(
             f"Unknown dtype code {message.dtype}; float32 is {pb.DTYPE_FLOAT32} and "

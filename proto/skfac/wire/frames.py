@@ -80,7 +80,7 @@ def decode_frame(message: bytes) -> Frame:
             checksum = int.from_bytes(value, "little")
         elif tag == _PAYLOAD_TAG:
             payload = value
-    if len(payload) and xxhash.xxh3_64_intdigest(payload) != checksum:
+    if (len(payload) or checksum) and xxhash.xxh3_64_intdigest(payload) != checksum:
         raise InvalidRequestError(
             f"The checksum of a frame with {len(payload)} bytes of payload is wrong."
         )
@@ -101,7 +101,7 @@ class PayloadBuffer:
         nbytes = payload_nbytes(headers)
         try:
             self._buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
-        except RuntimeError as error:  # how torch says that memory is short
+        except (RuntimeError, TypeError) as error:  # short memory; over 64 bits
             raise LimitExceededError(f"No memory for {nbytes} bytes: {error}") from None
         self._view = self._buffer.numpy().data
         self._filled = 0

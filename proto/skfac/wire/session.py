@@ -12,6 +12,15 @@ OnLate = Literal["keep", "wait", "raise"]
 MAX_JOB_LENGTH = 200
 """Of a job's name, which labels its metrics."""
 
+MAX_NAME_LENGTH = 1000
+"""Of a layer's name."""
+
+MAX_EXTENT = 2**40
+"""Of a weight, far beyond any model and far below what overflows."""
+
+MAX_IN_FLIGHT = 64
+"""Versions of a layer that both ends may have to keep at once."""
+
 
 @dataclass(frozen=True)
 class LayerSpec:
@@ -34,10 +43,15 @@ class LayerSpec:
     def __post_init__(self) -> None:
         if not self.name:
             raise InvalidRequestError("A layer has an empty name.")
-        if self.d_in < 1 or self.d_out < 1:
+        if len(self.name) > MAX_NAME_LENGTH:
+            raise InvalidRequestError(
+                f"Layer {self.name[:40]!r}... has a name of {len(self.name)} "
+                f"characters; {MAX_NAME_LENGTH} are allowed."
+            )
+        if not (1 <= self.d_in <= MAX_EXTENT and 1 <= self.d_out <= MAX_EXTENT):
             raise InvalidRequestError(
                 f"Layer {self.name!r} declares a {self.d_out} × {self.d_in} weight; "
-                "both extents must be at least 1."
+                f"both extents must be from 1 to {MAX_EXTENT}."
             )
 
 
@@ -76,6 +90,12 @@ class SessionSpec:
             raise InvalidRequestError(
                 f"world_size and update_every must be at least 1, got "
                 f"{self.world_size} and {self.update_every}."
+            )
+        if self.versions_in_flight > MAX_IN_FLIGHT:
+            raise InvalidRequestError(
+                f"lag = {self.lag} with update_every = {self.update_every} keeps "
+                f"{self.versions_in_flight} versions of each layer in flight; at most "
+                f"{MAX_IN_FLIGHT} are allowed."
             )
         if not self.layers:
             raise InvalidRequestError(f"Job {self.job!r} declares no layers.")

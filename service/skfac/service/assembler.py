@@ -109,8 +109,9 @@ class Assembler:
         Returns:
             The assemblies whose time is over, as they are, oldest step first.
         """
-        limit_s = now_s - self._timeout_s
-        over = [a for a in self._open.values() if a.started_s <= limit_s]
+        over = [
+            a for a in self._open.values() if a.started_s + self._timeout_s <= now_s
+        ]
         return [self._hand_on(a) for a in sorted(over, key=lambda a: (a.step, a.layer))]
 
     def _is_new(self, header: SnapshotHeader | Snapshot, layer: int) -> bool:

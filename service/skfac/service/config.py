@@ -1,6 +1,7 @@
 """Server configuration: plain data, validated once, never changed afterwards."""
 
 import ipaddress
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,7 +17,9 @@ from pydantic_settings import (
 MiB = 1024 * 1024
 GiB = 1024 * MiB
 
-Positive = Annotated[float, Field(gt=0)]
+DAY_S = 86_400.0
+
+Seconds = Annotated[float, Field(gt=0, le=DAY_S)]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -37,8 +40,8 @@ class EngineConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     device: str = "cpu"
-    lease_s: Positive = 60.0
-    assembly_timeout_s: Positive = 10.0
+    lease_s: Seconds = 60.0
+    assembly_timeout_s: Seconds = 10.0
     max_sessions: Count = 64
     max_layers: Count = 4096
     max_snapshot_bytes: Count = 4 * GiB
@@ -47,7 +50,10 @@ class EngineConfig(BaseModel):
     @field_validator("device")
     @classmethod
     def _device_exists(cls, name: str) -> str:
-        device = torch.device(name)
+        try:
+            device = torch.device(name)
+        except RuntimeError:
+            raise ValueError(f"device must be cpu or cuda, got {name!r}") from None
         if device.type not in {"cpu", "cuda"}:
             raise ValueError(f"device must be cpu or cuda, got {name!r}")
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -80,7 +86,7 @@ class ServiceConfig(EngineConfig, BaseSettings):
     metrics_address: str = "127.0.0.1:9464"
     insecure_remote: bool = False
     max_streams: Count = 256
-    grace_s: Positive = 5.0
+    grace_s: Seconds = 5.0
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @model_validator(mode="after")
@@ -92,6 +98,25 @@ class ServiceConfig(EngineConfig, BaseSettings):
                     f"{name} {value!r} can be reached from other machines and nothing "
                     "is encrypted or authenticated; set insecure_remote to allow it"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _addresses_have_ports(self) -> "ServiceConfig":
+        for name in ("address", "metrics_address"):
+            value: str = getattr(self, name)
+            unix = name == "address" and value.startswith("unix:")
+            optional = name == "metrics_address" and not value
+            if not (unix or optional or value.rpartition(":")[2].isdigit()):
+                raise ValueError(f"{name} must end with a port, got {value!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _no_unknown_variables(self) -> "ServiceConfig":
+        prefix = self.model_config["env_prefix"]
+        known = {f"{prefix}{name}".upper() for name in type(self).model_fields}
+        given = {name.upper() for name in os.environ if name.upper().startswith(prefix)}
+        if given - known:
+            raise ValueError(f"{min(given - known)} is no setting of the server")
         return self
 
     @classmethod
@@ -128,7 +153,7 @@ class ServiceConfig(EngineConfig, BaseSettings):
         """
         if file is None:
             return cls(**flags)  # type: ignore[arg-type]  # pydantic converts strings
-        if not file.exists():
+        if not file.is_file():
             raise FileNotFoundError(f"There is no configuration file {file}.")
         config = SettingsConfigDict(toml_file=file)
         with_file = type(cls.__name__, (cls,), {"model_config": config})

@@ -23,8 +23,8 @@ _REFUSALS = (InvalidRequestError, SessionMismatchError, LimitExceededError)
 class Intake:
     """Turns frames into snapshots, checked before memory is taken for them.
 
-    After a refusal the frames that are left of the snapshot are ignored, up to the
-    next manifest.
+    After a refusal or a duplicate the frames that are left of the snapshot are ignored,
+    whatever they hold, up to the next manifest.
     """
 
     def __init__(self, engine: Engine, metrics: Metrics, *, pinned: bool) -> None:
@@ -34,6 +34,7 @@ class Intake:
         self._session_id = ""
         self._header: SnapshotHeader | None = None
         self._buffer: PayloadBuffer | None = None
+        self._skipping = False
         self._began_s = 0.0
 
     def receive(self, message: bytes) -> list[pb.PushSnapshotsResponse]:
@@ -54,7 +55,9 @@ class Intake:
                 answers.append(self._refuse(self._truncated()))
             answers += self._accept(frame)
         except _REFUSALS as error:
-            answers.append(self._refuse(error))
+            # What cannot be read of a snapshot that has its answer gets no second one.
+            if not self._skipping:
+                answers.append(self._refuse(error))
         return answers
 
     def finish(self) -> None:
@@ -68,10 +71,11 @@ class Intake:
 
     def _accept(self, frame: Frame) -> list[pb.PushSnapshotsResponse]:
         if frame.manifest is not None:
-            self._header = None
+            self._header, self._skipping = None, False
             self._session_id, header = decode_snapshot_manifest(frame.manifest)
             self._header = header
             if not self._engine.admit(self._session_id, header):
+                self._skipping = True
                 return [pb.PushSnapshotsResponse(step=header.step, duplicate=True)]
             self._began_s = time.monotonic()
             self._buffer = PayloadBuffer(header.tensors, pinned=self._pinned)
@@ -103,5 +107,6 @@ class Intake:
     def _refuse(self, error: ServiceError) -> pb.PushSnapshotsResponse:
         step = self._header.step if self._header is not None else 0
         self._buffer = self._header = None
+        self._skipping = True
         refusal = pb.Refusal(code=code_of(error), message=str(error))
         return pb.PushSnapshotsResponse(step=step, refusal=refusal)

@@ -1,6 +1,7 @@
 """The engine: assembles, schedules, solves and publishes on one thread of its own."""
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -80,6 +81,7 @@ class LocalEngine:
                 self._metrics.sessions.set(len(self._sessions))
             session.open_ranks.add(rank)
             session.last_seen_s = self._clock()
+            self._changed.notify_all()  # the thread must learn of the new lease
         return SessionGrant(
             session.session_id, self._config.lease_s, self._config.max_snapshot_bytes
         )
@@ -98,7 +100,8 @@ class LocalEngine:
             try:
                 session.check(header)
                 wanted = session.assembler.wants(header)
-                self._check_quota(session, header)
+                if wanted:
+                    self._check_quota(session, header)
             except ServiceError as error:
                 self._count_refused(session, error)
                 raise
@@ -183,6 +186,10 @@ class LocalEngine:
         """
         with self._changed:
             self._draining = True
+            for session in self._sessions:
+                for assembly in session.assembler.expired(math.inf):
+                    self._enqueue(session, assembly)
+            self._changed.notify_all()
             return self._changed.wait_for(
                 lambda: not self._solving and not len(self._scheduler), timeout_s
             )
@@ -194,6 +201,7 @@ class LocalEngine:
             for session in self._sessions:
                 why = ServerUnavailableError("The server is stopping.")
                 self._sessions.close(session, why)
+                self._forget(session)
             self._changed.notify_all()
         self._thread.join()
 

@@ -19,6 +19,7 @@ class Publisher:
         self._kept: list[deque[tuple[int, Outcome]]] = [
             deque(maxlen=length) for _ in spec.layers
         ]
+        self._newest: dict[int, Version] = {}
         self._published = 0
 
     @property
@@ -30,6 +31,9 @@ class Publisher:
         """Add an outcome."""
         self._published += 1
         self._kept[outcome.layer].append((self._published, outcome))
+        newest = self._newest.get(outcome.layer)
+        if isinstance(outcome, Version) and (not newest or outcome.step > newest.step):
+            self._newest[outcome.layer] = outcome
 
     def after(self, position: int, held: Mapping[int, int]) -> list[Outcome]:
         """Find what a subscriber has not seen.
@@ -56,5 +60,4 @@ class Publisher:
         Returns:
             It, or None if there is none.
         """
-        versions = (o for _, o in reversed(self._kept[layer]) if isinstance(o, Version))
-        return next(versions, None)
+        return self._newest.get(layer)

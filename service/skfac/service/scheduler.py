@@ -37,8 +37,7 @@ class Task:
 @dataclass(eq=False)
 class _Queue:
     tasks: deque[Task] = field(default_factory=deque)
-    # Cost served so far, counted so that an idle session earns no credit.
-    served: int = 0
+    served: int = 0  # cost so far, raised so that an idle session earns no credit
 
 
 class Scheduler:
@@ -51,6 +50,7 @@ class Scheduler:
 
     def __init__(self) -> None:
         self._queues: dict[str, _Queue] = {}
+        self._served = 0  # of the queue that a task was taken from last
 
     def __len__(self) -> int:
         return sum(len(queue.tasks) for queue in self._queues.values())
@@ -80,8 +80,7 @@ class Scheduler:
         """
         queue = self._queues.setdefault(task.session_id, _Queue())
         if not queue.tasks:
-            busy = [q.served for q in self._queues.values() if q.tasks]
-            queue.served = max(queue.served, min(busy, default=0))
+            queue.served = max(queue.served, self._served)
         superseded = [old for old in queue.tasks if _supersedes(task, old)]
         for old in superseded:
             queue.tasks.remove(old)
@@ -99,6 +98,7 @@ class Scheduler:
             return None
         queue = min(waiting, key=lambda q: q.served)
         task = queue.tasks.popleft()
+        self._served = queue.served
         queue.served += task.cost
         return task
 

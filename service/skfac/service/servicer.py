@@ -53,14 +53,15 @@ class PreconditioningServicer:
     ) -> Iterator[bytes]:
         with _status_on_error(context), self._stream():
             held = {version.layer: version.step for version in request.held}
-            job = self._job(request.session_id)
+            # One child for all frames: asking again would revive a closed job's series.
+            sent_bytes = self._metrics.sent_bytes.labels(self._job(request.session_id))
             subscription = self._engine.subscribe(request.session_id, held)
             context.add_callback(subscription.close)
             try:
                 while context.is_active():
                     outcomes = subscription.take(_LOOK_AROUND_S)
                     for frame in encode_outcomes(outcomes) if outcomes else ():
-                        self._metrics.sent_bytes.labels(job).inc(len(frame))
+                        sent_bytes.inc(len(frame))
                         yield frame
             finally:
                 subscription.close()

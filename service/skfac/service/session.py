@@ -7,6 +7,7 @@ from skfac.service.assembler import Assembler
 from skfac.service.config import EngineConfig
 from skfac.service.engine import LatencySummary, LayerStatus, SessionStatus
 from skfac.service.publisher import Publisher
+from skfac.wire.codec import DTYPES
 from skfac.wire.errors import InvalidRequestError, LimitExceededError, ServiceError
 from skfac.wire.frames import payload_nbytes
 from skfac.wire.session import LayerSpec, SessionSpec
@@ -80,7 +81,7 @@ class Session:
             )
 
     def _check_rows(self, rows: RowsHeader) -> None:
-        if rows.layer >= len(self.spec.layers):
+        if not 0 <= rows.layer < len(self.spec.layers):
             raise InvalidRequestError(
                 f"Layer index {rows.layer} is outside the session's "
                 f"{len(self.spec.layers)} layers."
@@ -100,6 +101,11 @@ class Session:
             raise InvalidRequestError(
                 f"Layer {layer.name!r} has {rows.activations.shape[0]} rows of "
                 f"activations and {rows.derivatives.shape[0]} of derivatives."
+            )
+        if rows.activations.dtype not in DTYPES.values():
+            raise InvalidRequestError(
+                f"Layer {layer.name!r} has rows of dtype {rows.activations.dtype}; "
+                "float32 and float64 are taken."
             )
         if rows.activations.dtype != rows.derivatives.dtype:
             raise InvalidRequestError(

@@ -60,7 +60,7 @@ class Solver:
         for attempt in range(ATTEMPTS):
             try:
                 found = self._invert(task, activations, derivatives, damping)
-            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
                 reason = str(error)
                 damping *= DAMPING_GROWTH
             else:
