@@ -34,7 +34,7 @@ Record = dict[str, Any]
 
 EPOCHS = 6
 SEEDS = range(5)
-EQUAL_TIME_EPOCHS = 18  # of AdamW take about as many seconds as 6 of SKFAC
+EQUAL_TIME_EPOCHS = 18  # of AdamW; they take the seconds of SKFAC's 6
 EQUAL_TIME_SEEDS = range(3)
 SHORT_LIST = 2  # seed 0 alone does not tell which learning rate of two is better
 SGD_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)

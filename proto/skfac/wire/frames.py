@@ -33,10 +33,25 @@ class Frame:
     Attributes:
         manifest: Serialized manifest, or None in a frame that continues a payload.
         payload: The next bytes of the tensors.
+        checksum: What the sender says of the payload; None if nothing.
     """
 
     manifest: memoryview | None
     payload: memoryview
+    checksum: int | None
+
+    def check(self) -> None:
+        """Compare the payload with its checksum.
+
+        Raises:
+            InvalidRequestError: If they do not fit.
+        """
+        digest = xxhash.xxh3_64_intdigest(self.payload)
+        if (len(self.payload) or self.checksum) and digest != self.checksum:
+            raise InvalidRequestError(
+                f"The checksum of a frame with {len(self.payload)} bytes of payload is "
+                "wrong."
+            )
 
 
 def encode_frames(manifest: bytes, tensors: Iterable[Tensor]) -> Iterator[bytes]:
@@ -58,7 +73,7 @@ def encode_frames(manifest: bytes, tensors: Iterable[Tensor]) -> Iterator[bytes]
 
 
 def decode_frame(message: bytes) -> Frame:
-    """Read one frame without copying its payload.
+    """Read one frame without copying its payload, and check it.
 
     Args:
         message: Any bytes from the network.
@@ -68,6 +83,23 @@ def decode_frame(message: bytes) -> Frame:
 
     Raises:
         InvalidRequestError: If the message is malformed or its checksum is wrong.
+    """
+    frame = parse_frame(message)
+    frame.check()
+    return frame
+
+
+def parse_frame(message: bytes) -> Frame:
+    """Read one frame as `decode_frame` does, but leave the check to the caller.
+
+    Args:
+        message: Any bytes from the network.
+
+    Returns:
+        Views into `message`.
+
+    Raises:
+        InvalidRequestError: If the message is malformed.
     """
     view = memoryview(message)
     manifest, payload, checksum, position = None, view[:0], None, 0
@@ -80,11 +112,7 @@ def decode_frame(message: bytes) -> Frame:
             checksum = int.from_bytes(value, "little")
         elif tag == _PAYLOAD_TAG:
             payload = value
-    if (len(payload) or checksum) and xxhash.xxh3_64_intdigest(payload) != checksum:
-        raise InvalidRequestError(
-            f"The checksum of a frame with {len(payload)} bytes of payload is wrong."
-        )
-    return Frame(manifest, payload)
+    return Frame(manifest, payload, checksum)
 
 
 class PayloadBuffer:

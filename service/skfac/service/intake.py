@@ -13,7 +13,7 @@ from skfac.wire.errors import (
     SessionMismatchError,
     code_of,
 )
-from skfac.wire.frames import Frame, PayloadBuffer, decode_frame
+from skfac.wire.frames import Frame, PayloadBuffer, parse_frame
 from skfac.wire.snapshot import SnapshotHeader
 
 # Of one snapshot only: the stream goes on. Other errors end it.
@@ -50,7 +50,7 @@ class Intake:
         """
         answers = []
         try:
-            frame = decode_frame(message)
+            frame = parse_frame(message)
             if frame.manifest is not None and self._buffer is not None:
                 answers.append(self._refuse(self._truncated()))
             answers += self._accept(frame)
@@ -81,6 +81,7 @@ class Intake:
             self._buffer = PayloadBuffer(header.tensors, pinned=self._pinned)
         if self._buffer is None or self._header is None:
             return []
+        frame.check()
         self._buffer.write(frame.payload)
         if not self._buffer.complete:
             return []
@@ -94,6 +95,7 @@ class Intake:
         snapshot = build_snapshot(header, buffer.tensors())
         new = self._engine.submit(self._session_id, snapshot)
         self._metrics.receive_s.observe(received_s)
+        self._header = None
         return pb.PushSnapshotsResponse(step=header.step, duplicate=not new)
 
     def _truncated(self) -> InvalidRequestError:
