@@ -38,7 +38,7 @@ def draw(task: Task, runs: dict[OptimizerName, list[Event]], path: Path) -> None
             _tidy(axes)
         by_step.set(xlabel="steps", ylabel=f"{task.loss_name}, log scale")
         by_seconds.set(xlabel="seconds, without validation")
-        by_step.legend(frameon=False)
+        by_step.legend(frameon=False, title="validation loss at the end")
         figure.suptitle("Training loss (lines) and validation loss (markers)")
         figure.savefig(path, dpi=150)
 
@@ -56,9 +56,8 @@ def _add_run(
         linestyle=style,
         linewidth=1.4,
     )
-    xs = [getattr(point, against) for point in points]
     axes.plot(
-        xs,
+        [getattr(point, against) for point in points],
         [point.loss for point in points],
         color=color,
         linestyle="",
@@ -67,27 +66,22 @@ def _add_run(
         markeredgecolor="white",
     )
     # The legend shows a line with its marker, which no single artist above has.
+    label = f"{label}: {points[-1].loss:.3g}"
     axes.plot([], [], color=color, linestyle=style, marker=marker, label=label)
-    axes.annotate(
-        f"{points[-1].loss:.3g}",
-        (xs[-1], points[-1].loss),
-        xytext=(7, 0),
-        textcoords="offset points",
-        va="center",
-        color=color,
-    )
 
 
 def _tidy(axes: Axes) -> None:
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    low, high = axes.get_ylim()
+    subs = (1, 1.5, 2, 3, 5, 7) if high < 10 * low else (1, 2, 5)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(which="minor", left=False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e4e4e4", linewidth=0.7)
     axes.set_axisbelow(True)
-    axes.margins(x=0.1)
+    axes.margins(x=0.04)
 
 
 def _smoothed(losses: Iterable[float]) -> Iterator[float]:

@@ -195,9 +195,12 @@ def test_an_interrupted_trainer_leaves_nothing(embedded):
     with ServerProcess() as server:
         target = "embedded" if embedded else server.address
         trainer = start("-m", "tests.support.trainer", target)
-        wait_for_line(trainer.stdout, "Trained 20 steps")
-        trainer.send_signal(signal.SIGINT)
-        output, _ = trainer.communicate(timeout=LONG_S)
+        try:
+            wait_for_line(trainer.stdout, "Trained 20 steps")
+            trainer.send_signal(signal.SIGINT)
+            output, _ = trainer.communicate(timeout=LONG_S)
+        finally:
+            trainer.kill()
 
         assert trainer.returncode == 130
         assert "Traceback" not in output

@@ -1,5 +1,6 @@
 """A trainer as a process of its own: trains until it is told to stop."""
 
+import signal
 import sys
 
 from skfac.client import Preconditioner
@@ -22,6 +23,8 @@ def train(target: str) -> None:
 
 
 if __name__ == "__main__":
+    # A shell's background jobs inherit that Ctrl-C is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         train(sys.argv[1])
     except KeyboardInterrupt:
