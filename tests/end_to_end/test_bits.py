@@ -12,7 +12,7 @@ from skfac.curvature.geometry import LayerGeometry, geometry_of
 from skfac.curvature.layer import LayerPreconditioner, precondition_layer
 from skfac.curvature.trust import kl_scale
 from tests.support.models import backward, flat_parameters, sgd, small_cnn
-from tests.support.servers import ServerProcess
+from tests.support.servers import LONG_S, ServerProcess
 
 STEPS = 50
 DAMPING, KL_CLIP = 0.02, 0.01
@@ -30,7 +30,9 @@ def trained_with(step: Callable[[], None], model, optimizer) -> list[Tensor]:
     return trajectory
 
 
-def through(target: str, lag: int, update_every: int) -> list[Tensor]:
+def through(
+    target: str, lag: int, update_every: int, on_late: str = "wait"
+) -> list[Tensor]:
     model = small_cnn()
     optimizer = sgd(model)
     with Preconditioner(
@@ -41,7 +43,8 @@ def through(target: str, lag: int, update_every: int) -> list[Tensor]:
         kl_clip=KL_CLIP,
         lag=lag,
         update_every=update_every,
-        on_late="wait",
+        on_late=on_late,
+        wait_s=LONG_S,
     ) as preconditioner:
         return trained_with(preconditioner.step, model, optimizer)
 
@@ -127,6 +130,18 @@ def test_every_target_takes_the_steps_of_the_reference(server, lag, update_every
     for step in range(STEPS):
         assert torch.equal(embedded[step], expected[step]), f"embedded, step {step}"
         assert torch.equal(remote[step], expected[step]), f"gRPC, step {step}"
+
+
+@pytest.mark.parametrize("lag", [1, 2])
+def test_no_version_in_time_is_ever_superseded(server, lag):
+    # Timing must decide nothing, although each snapshot is followed by the next.
+    assert all(
+        map(
+            torch.equal,
+            through("embedded", lag, 1, on_late="keep"),
+            through(server.address, lag, 1, on_late="wait"),
+        )
+    )
 
 
 def test_a_unix_socket_is_as_good(tmp_path):

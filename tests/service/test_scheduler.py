@@ -71,9 +71,10 @@ def test_counts_and_bytes_are_those_of_the_session():
     [
         (0, 0, False),
         (0, 1, True),
-        (1, 1, True),
-        (3, 2, False),
-        (3, 3, True),
+        (1, 1, False),
+        (1, 2, True),
+        (3, 3, False),
+        (3, 4, True),
         (3, 9, True),
     ],
 )

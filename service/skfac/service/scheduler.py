@@ -44,8 +44,9 @@ class Scheduler:
     """Tasks of all sessions; each session gets the same share of the solver's time.
 
     A session's queue is bounded: once a version is past due, that is, once a task of
-    the same layer is `lag` or more steps newer, it is superseded, unless the session
-    waits for every version (then the trainer cannot run ahead).
+    the same layer is more than `lag` steps newer, it is superseded, unless the session
+    waits for every version (then the trainer cannot run ahead). At exactly `lag` steps
+    the trainer is waiting for it: superseding it then would let timing decide.
     """
 
     def __init__(self) -> None:
@@ -111,5 +112,5 @@ def _supersedes(new: Task, old: Task) -> bool:
     return (
         new.spec.on_late != "wait"
         and new.assembly.layer == old.assembly.layer
-        and new.assembly.step >= old.assembly.step + max(new.spec.lag, 1)
+        and new.assembly.step > old.assembly.step + new.spec.lag
     )
