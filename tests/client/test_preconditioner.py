@@ -12,6 +12,7 @@ from torch import nn
 import skfac.client
 from skfac.client import ConfigurationError, Preconditioner
 from tests.support.models import backward, batch_at, flat_parameters, sgd, small_cnn
+from tests.support.servers import serving
 
 
 def test_exported_names_are_the_public_ones():
@@ -102,10 +103,39 @@ def test_the_report_is_plain_and_complete():
     }
 
 
-def test_one_nan_costs_one_snapshot():
+@pytest.mark.parametrize("embedded", [True, False])
+def test_a_snapshot_is_forgotten_once_its_outcome_is_known(embedded):
     model = small_cnn()
     optimizer = sgd(model)
-    with Preconditioner(model, optimizer, update_every=1, lag=1, on_late="wait") as pre:
+    with serving() as server:
+        target = "embedded" if embedded else server.address
+        with Preconditioner(
+            model, optimizer, target=target, update_every=1, on_late="wait"
+        ) as pre:
+            for step in range(3):
+                backward(model, step)
+                pre.step()
+                optimizer.zero_grad()
+            pre.state_dict()  # waits for what is on its way
+            pre._transport.push(pre._capture.take(0, 9, 0.1))
+            kept = list(pre._transport._outbox._snapshots)  # type: ignore[attr-defined]
+    assert kept in ([9], [])
+
+
+@pytest.mark.parametrize("embedded", [True, False])
+def test_one_nan_costs_one_snapshot(embedded):
+    model = small_cnn()
+    optimizer = sgd(model)
+    with (
+        serving() as server,
+        Preconditioner(
+            model,
+            optimizer,
+            target="embedded" if embedded else server.address,
+            update_every=1,
+            on_late="wait",
+        ) as pre,
+    ):
         for step in range(4):
             backward(model, step)
             pre.step()

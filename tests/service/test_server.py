@@ -65,6 +65,19 @@ def test_versions_are_what_the_mathematics_says(client):
         assert (version.rows, version.ranks) == (4, 1)
 
 
+def test_a_stream_starts_with_what_is_newer_than_what_is_held(client):
+    for step in (1, 2):
+        assert [version.step for version in client.versions_of(step)] == [step] * 2
+
+    newer = client.outcomes(3, held={0: 1})
+
+    assert [(outcome.layer, outcome.step) for outcome in newer] == [
+        (1, 1),
+        (0, 2),
+        (1, 2),
+    ]
+
+
 NAN = torch.tensor([[float("nan")] + [0.0] * 5])
 REFUSED = {
     "wrong shape": (
