@@ -1,9 +1,9 @@
 """A client that can do what ours never does: send anything, in any order."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import grpc
-import torch
 
 from skfac.v1 import preconditioning_pb2 as pb
 from skfac.v1 import preconditioning_pb2_grpc as rpc
@@ -16,45 +16,26 @@ from skfac.wire.codec import (
 )
 from skfac.wire.frames import PayloadBuffer, decode_frame
 from skfac.wire.outcome import Outcome, Version
-from skfac.wire.session import LayerSpec, SessionSpec
-from skfac.wire.snapshot import LayerRows, Snapshot
+from skfac.wire.session import SessionSpec
+from skfac.wire.snapshot import Snapshot
+from tests.support.values import layer_spec, session_spec, snapshot
 
 TIMEOUT_S = 30.0
-ROWS = 4
+DAMPING = 0.1
 
 
-def spec_of(job: str, *dims: tuple[int, int], **changes) -> SessionSpec:
-    """A session of linear layers with the given (d_in, d_out)."""
-    layers = tuple(
-        LayerSpec(f"fc{index}", "linear", d_in, d_out, bias=False)
+def spec_of(job: str, *dims: tuple[int, int], **changes: Any) -> SessionSpec:
+    """A session of linear layers fc0, fc1, ... with the given (d_in, d_out)."""
+    layers = (
+        layer_spec(f"fc{index}", d_in, d_out)
         for index, (d_in, d_out) in enumerate(dims or ((6, 3), (3, 2)))
     )
-    fields: dict = {
-        "job": job,
-        "instance": "1",
-        "world_size": 1,
-        "layers": layers,
-        "damping_split": "pi",
-        "history": "snapshot",
-        "update_every": 1,
-        "lag": 1,
-        "on_late": "wait",
-    }
-    return SessionSpec(**{**fields, **changes})
+    return session_spec(*layers, job=job, **{"lag": 1, "on_late": "wait", **changes})
 
 
 def snapshot_of(spec: SessionSpec, step: int, *, rank: int = 0) -> Snapshot:
     """Random rows of all layers of a session."""
-    generator = torch.Generator().manual_seed(1000 * rank + step)
-    layers = tuple(
-        LayerRows(
-            index,
-            torch.randn(ROWS, layer.d_in, generator=generator),
-            torch.randn(ROWS, layer.d_out, generator=generator),
-        )
-        for index, layer in enumerate(spec.layers)
-    )
-    return Snapshot(rank, step, 0.1, layers)
+    return snapshot(spec, step, rank, damping=DAMPING)
 
 
 class RawClient:
