@@ -9,7 +9,7 @@ PROTOC = PATH=$(CURDIR)/$(PROTO_VENV)/bin:$$PATH $(PROTO_VENV)/bin/python -m grp
 	--mypy_grpc_out=quiet:$(1) $(PROTO)
 PLOT ?= autoencoder.png
 
-.PHONY: help demo test check format proto stubs-fresh bench clean
+.PHONY: help demo test test-floor check format proto stubs-fresh bench clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -19,6 +19,9 @@ demo: $(VENV)/.ready  ## Train an autoencoder with SGD, AdamW and SKFAC; writes 
 
 test: $(VENV)/.ready  ## Run all tests.
 	$(RUN) -m pytest
+
+test-floor: .floor/.ready  ## Run the tests of the wire with the oldest gRPC and protobuf allowed.
+	PYTHONPATH=.floor $(RUN) -m pytest tests/wire tests/service tests/client tests/end_to_end
 
 check: $(VENV)/.ready stubs-fresh  ## Check format, lint, spelling, types and generated code.
 	$(VENV)/bin/ruff format --check
@@ -44,13 +47,17 @@ bench: $(VENV)/.ready  ## Re-run the recorded search of the autoencoder's settin
 	$(RUN) benchmarks/autoencoder_grid.py
 
 clean:  ## Remove the virtual environments and caches.
-	rm -rf $(VENV) $(PROTO_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PROTO_VENV) .floor .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/.ready: requirements/dev.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "skfac needs Python 3.11 or newer; set PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements/dev.lock
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+.floor/.ready: requirements/floor.lock $(VENV)/.ready
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --upgrade --target .floor -r requirements/floor.lock
 	@touch $@
 
 $(PROTO_VENV)/.ready: requirements/proto.lock

@@ -69,6 +69,8 @@ def compare(task: Task, build: Build, request: Request) -> None:
         draw(task, runs, request.plot)
     if not request.as_json:
         _print_results(task, {name: result_of(run) for name, run in runs.items()})
+        if request.plot:
+            typer.echo(f"The plot is in {request.plot}.")
 
 
 def result_of(events: Iterable[Event]) -> Result:

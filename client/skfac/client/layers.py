@@ -118,13 +118,12 @@ def track_layers(
         else:
             passed.append(f"{name or 'the model itself'} ({type(module).__name__})")
     if passed:
-        warnings.warn(
+        text = (
             "These layers train and are not preconditioned; their gradients pass "
             f"through unchanged: {', '.join(passed)}. Name them in skip=(...) to "
-            "silence this.",
-            PassThroughWarning,
-            stacklevel=3,
+            "silence this."
         )
+        warnings.warn(text, PassThroughWarning, stacklevel=3)
     if not tracked:
         raise ConfigurationError(
             "The model has no layer to precondition: none is an nn.Linear or an "

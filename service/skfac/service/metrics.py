@@ -48,14 +48,10 @@ class Metrics:
         self.refused = self._counter(
             "skfac_refused", "Snapshots refused, by status.", ("session", "status")
         )
-        self.queue_depth = Gauge(
-            "skfac_queue_depth",
-            "Complete (layer, step)s that wait for the solver.",
-            registry=self.registry,
+        self.queue_depth = self._gauge(
+            "skfac_queue_depth", "Complete (layer, step)s that wait for the solver."
         )
-        self.sessions = Gauge(
-            "skfac_sessions", "Sessions that are open.", registry=self.registry
-        )
+        self.sessions = self._gauge("skfac_sessions", "Sessions that are open.")
 
     def forget_session(self, job: str) -> None:
         """Remove a session's series."""
@@ -73,6 +69,9 @@ class Metrics:
 
     def _counter(self, name: str, text: str, labels: tuple[str, ...]) -> Counter:
         return Counter(name, text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(name, text, registry=self.registry)
 
     def _histogram(self, name: str, text: str, labels: tuple[str, ...]) -> Histogram:
         return Histogram(name, text, labels, buckets=_SECONDS, registry=self.registry)
