@@ -1,5 +1,6 @@
 """How a server's status looks in a terminal."""
 
+from rich import box
 from rich.console import Group
 from rich.table import Table
 
@@ -16,11 +17,12 @@ def status_table(status: pb.GetStatusResponse) -> Group:
         f"skfac {status.version} on {status.device}, up {status.uptime_s:.0f} s, "
         f"{len(status.sessions)} sessions"
     )
-    sessions = Table(title=title)
-    for column in ("job", "ranks", "age", "solved", "queued", "superseded", "failed"):
-        sessions.add_column(column)
-    for column in ("refused", "inversion p50", "p99"):
-        sessions.add_column(column)
+    sessions = Table(title=title, box=box.SIMPLE_HEAD)
+    sessions.add_column("job", overflow="fold")
+    for column in ("ranks", "age", "solved", "queued"):
+        sessions.add_column(column, justify="right")
+    for column in ("superseded / failed / refused", "inversion p50", "inversion p99"):
+        sessions.add_column(column, justify="right")
     for session in status.sessions:
         sessions.add_row(
             session.job,
@@ -28,9 +30,7 @@ def status_table(status: pb.GetStatusResponse) -> Group:
             f"{session.age_s:.0f} s",
             str(session.solved),
             str(session.queued),
-            str(session.superseded),
-            str(session.failed),
-            str(session.refused),
+            f"{session.superseded} / {session.failed} / {session.refused}",
             f"{session.inversion.p50_s * 1e3:.2f} ms",
             f"{session.inversion.p99_s * 1e3:.2f} ms",
         )
@@ -38,9 +38,10 @@ def status_table(status: pb.GetStatusResponse) -> Group:
 
 
 def _layer_table(session: pb.SessionStatus) -> Table:
-    table = Table(title=f"layers of {session.job}")
-    for column in ("layer", "version (step)", "rows"):
-        table.add_column(column)
+    table = Table(title=f"layers of {session.job}", box=box.SIMPLE_HEAD)
+    table.add_column("layer", overflow="fold")
+    for column in ("version (step)", "rows"):
+        table.add_column(column, justify="right")
     for layer in session.layers:
         version = str(layer.newest_step) if layer.HasField("newest_step") else "none"
         table.add_row(layer.name, version, str(layer.rows))
