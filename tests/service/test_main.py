@@ -23,7 +23,15 @@ def test_status_shows_sessions_versions_and_latencies(server):
     result = runner.invoke(app, ["status", server.address])
 
     assert result.exit_code == 0
-    for text in ("mnist", "1/1", "inversion p50", "layers of mnist", "fc0", "fc1"):
+    for text in (
+        "mnist",
+        "1/1",
+        "inversion latency",
+        "p99",
+        "layers of mnist",
+        "fc0",
+        "fc1",
+    ):
         assert text in result.output
     (row,) = [line.split() for line in result.output.splitlines() if " fc1 " in line]
     assert row == ["fc1", "4", "4"]  # layer, version, rows

@@ -17,12 +17,12 @@ def status_table(status: pb.GetStatusResponse) -> Group:
         f"skfac {status.version} on {status.device}, up {status.uptime_s:.0f} s, "
         f"{len(status.sessions)} sessions"
     )
-    sessions = Table(title=title, box=box.SIMPLE_HEAD)
+    caption = "lost: superseded or failed; p50 and p99 of the inversion latency"
+    sessions = Table(title=title, caption=caption, box=box.SIMPLE_HEAD)
     sessions.add_column("job", overflow="fold")
-    for column in ("ranks", "age", "solved", "queued"):
-        sessions.add_column(column, justify="right")
-    for column in ("superseded / failed / refused", "inversion p50", "inversion p99"):
-        sessions.add_column(column, justify="right")
+    numbers = ("ranks", "age", "solved", "queued", "lost", "refused", "p50", "p99")
+    for column in numbers:
+        sessions.add_column(column, justify="right", no_wrap=True)
     for session in status.sessions:
         sessions.add_row(
             session.job,
@@ -30,7 +30,8 @@ def status_table(status: pb.GetStatusResponse) -> Group:
             f"{session.age_s:.0f} s",
             str(session.solved),
             str(session.queued),
-            f"{session.superseded} / {session.failed} / {session.refused}",
+            str(session.superseded + session.failed),
+            str(session.refused),
             f"{session.inversion.p50_s * 1e3:.2f} ms",
             f"{session.inversion.p99_s * 1e3:.2f} ms",
         )
