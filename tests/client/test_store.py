@@ -216,19 +216,25 @@ def test_it_does_not_wait_for_what_will_not_come(reason):
     breaks.join()
 
 
-def test_a_silent_server_is_waited_for_once():
-    store = store_of(wait_s=0.05)
+def test_a_silent_server_is_waited_for_once(monkeypatch):
+    store = store_of(wait_s=7.0)
+    waits_s: list[float] = []
+
+    def in_vain(predicate, timeout_s):
+        waits_s.append(timeout_s)
+        return predicate()
+
+    monkeypatch.setattr(store._changed, "wait_for", in_vain)
     for step in range(4):
         store.expect(step)
         assert used(store, step) == [None, None]
-    silent_s = store.waited_s
-    assert 0.05 <= silent_s < 0.1
+    assert waits_s == [7.0]
     store.receive(both(3))  # it speaks again
     store.expect(4)
     store.expect(5)
     assert used(store, 4) == [3, 3]
-    used(store, 5)
-    assert store.waited_s >= silent_s + 0.05
+    assert used(store, 5) == [3, 3]
+    assert waits_s == [7.0, 7.0]
 
 
 def test_raise_raises_and_wait_waits():
