@@ -10,7 +10,14 @@ import torch
 from torch import nn
 
 import skfac.client
-from skfac.client import ConfigurationError, Preconditioner
+from skfac.client import (
+    ConfigurationError,
+    LateVersionError,
+    Preconditioner,
+    ServiceError,
+)
+from skfac.service.config import EngineConfig
+from skfac.service.solver import Solver
 from tests.support.models import backward, batch_at, flat_parameters, sgd, small_cnn
 from tests.support.servers import serving
 
@@ -201,6 +208,43 @@ def test_it_closes_itself_and_takes_no_more_steps():
     assert not any(module._forward_hooks for module in model.modules())
     with pytest.raises(ConfigurationError, match="closed"):
         pre.step()
+
+
+def test_what_the_engine_refuses_leaves_nothing(monkeypatch):
+    small = EngineConfig(max_layers=1)
+    monkeypatch.setattr("skfac.client.embedded.EngineConfig", lambda: small)
+    model = small_cnn()
+    before = set(threading.enumerate())
+
+    with pytest.raises(ServiceError, match="max_layers = 1"):
+        Preconditioner(model, sgd(model))
+
+    assert set(threading.enumerate()) <= before
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_step_that_raised_can_be_tried_again(monkeypatch):
+    solve, allowed = Solver.solve, threading.Event()
+
+    def delayed(self, task):
+        allowed.wait(30)
+        return solve(self, task)
+
+    monkeypatch.setattr(Solver, "solve", delayed)
+    model = small_cnn()
+    with Preconditioner(model, sgd(model), lag=0, on_late="raise", wait_s=0.01) as pre:
+        backward(model, 0)
+        with pytest.raises(LateVersionError):
+            pre.step()
+        allowed.set()
+        pre.state_dict()  # waits for what is on its way, as long as wait_s
+        while pre.report()["versions"].get("solved", 0) < 4:
+            pre.state_dict()
+        pre.step()
+        report = pre.report()
+
+    assert report["step"] == 1
+    assert {layer["version"] for layer in report["layers"].values()} == {0}
 
 
 def test_several_ranks_are_refused_rather_than_diverge(monkeypatch):

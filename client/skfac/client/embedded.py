@@ -16,12 +16,20 @@ _LOOK_AROUND_S = 60.0  # the subscription wakes by itself; this bounds a lost wa
 
 
 class EmbeddedTransport:
-    """A `Transport` without a network: one thread sends and one receives."""
+    """A `Transport` without a network: one thread sends and one receives.
+
+    Raises:
+        ServiceError: If the session is over a limit of the engine.
+    """
 
     def __init__(self, spec: SessionSpec, store: Store) -> None:
         self._store = store
         self._engine = LocalEngine(EngineConfig())
-        self._session_id = self._engine.open_session(spec, rank=0).session_id
+        try:
+            self._session_id = self._engine.open_session(spec, rank=0).session_id
+        except ServiceError:
+            self._engine.close()
+            raise
         self._subscription = self._engine.subscribe(self._session_id, store.newest())
         self._outbox = Outbox(spec.versions_in_flight + 1)
         self._stop = threading.Event()

@@ -85,12 +85,13 @@ class Preconditioner:
             on_late=config.on_late,
         )
         self._step = 0
+        self._captured = -1
         self._raw = 0
         self._closed = False
         self._apply = Apply(self._layers)
         self._store = Store(spec, wait_s=config.wait_s)
-        self._capture = Capture(self._layers, WIRE_DTYPES[config.wire_dtype])
         self._transport = connect(target, spec, self._store)
+        self._capture = Capture(self._layers, WIRE_DTYPES[config.wire_dtype])
         atexit.register(self.close)
         try:
             if not self._store.await_link(config.wait_s):
@@ -132,11 +133,9 @@ class Preconditioner:
         if self._closed:
             raise ConfigurationError("This preconditioner is closed.")
         step, config = self._step, self.config
-        if step % config.update_every == 0:
-            damping = config.damping_at(step)
-            snapshot = self._capture.take(_RANK, step, damping)
-            self._store.expect(step)
-            self._transport.push(snapshot)
+        # A step that raised may be tried again; its rows were taken then.
+        if step % config.update_every == 0 and step > self._captured:
+            self._push_snapshot(step)
         versions = self._fresh(self._store.versions_at(step))
         self._apply(versions, kl_clip=config.kl_clip_at(step))
         self._raw += versions.count(None)
@@ -210,6 +209,13 @@ class Preconditioner:
         atexit.unregister(self.close)
         self._capture.close()
         self._transport.close()
+
+    def _push_snapshot(self, step: int) -> None:
+        damping = self.config.damping_at(step)
+        snapshot = self._capture.take(_RANK, step, damping)
+        self._store.expect(step)
+        self._transport.push(snapshot)
+        self._captured = step
 
     def _fresh(self, versions: list[Version | None]) -> list[Version | None]:
         oldest = self._step - self.config.max_staleness

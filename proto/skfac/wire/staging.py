@@ -39,11 +39,6 @@ class Staging:
         cuda = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
 
-    @property
-    def pinned(self) -> bool:
-        """Whether host buffers should be in pinned memory."""
-        return self._stream is not None
-
     def stream(self) -> AbstractContextManager[object]:
         """Run what is inside on the side stream, after nothing of the main stream.
 
