@@ -1,6 +1,7 @@
 """Settings: where they come from, which one counts, and what is refused."""
 
 import math
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -240,3 +241,12 @@ def test_other_devices_are_refused():
 def test_devices_that_torch_does_not_know_are_refused(device):
     with pytest.raises(ValidationError, match="device"):
         EngineConfig(device=device)
+
+
+def test_the_sample_file_shows_every_setting_with_its_default():
+    sample = Path(__file__).parents[2] / "deploy/skfac.toml"
+
+    read = ServiceConfig.load(sample, {}).model_dump()
+    assert read == ServiceConfig.load(None, {}).model_dump()
+    shown = tomllib.loads(sample.read_text())
+    assert shown.keys() == read.keys()
