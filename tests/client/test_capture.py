@@ -78,6 +78,15 @@ def test_what_a_model_does_in_place_changes_no_rows():
     assert rows.activations[:, 0].abs().min() > 0
 
 
+def test_an_input_may_be_given_by_name():
+    layer, inputs = nn.Linear(3, 2), torch.randn(5, 3)
+    capture = captured(layer)
+    layer(input=inputs).sum().backward()
+    (rows,) = rows_of(capture)
+
+    assert torch.equal(rows.activations[:, :-1], inputs)
+
+
 def test_rows_have_the_wire_s_type():
     layer = nn.Linear(3, 2, dtype=torch.float64)
     capture = captured(layer, torch.float32)

@@ -57,10 +57,9 @@ class Capture:
         self._layers = layers
         self._dtype = dtype
         self._calls: list[list[_Call]] = [[] for _ in layers]
-        devices = {layer.module.weight.device for layer in layers}
-        self._staging = {device: Staging(device) for device in devices}
+        self._staging: dict[torch.device, Staging] = {}
         self._hooks = [
-            layer.module.register_forward_hook(self._hook(index))
+            layer.module.register_forward_hook(self._hook(index), with_kwargs=True)
             for index, layer in enumerate(layers)
         ]
 
@@ -74,8 +73,12 @@ class Capture:
         for layer, calls in zip(self._layers, self._calls, strict=True):
             done = [(c.activations, c.derivatives) for c in calls]
             pairs = [(a, d) for a, d in done if d is not None]
-            staging = self._staging[layer.module.weight.device]
-            copies.append(staging.to_host(self._joined(layer, pairs)))
+            rows = self._joined(layer, pairs)
+            # By the rows' device: a model may be moved after it was wrapped.
+            device = rows[0].device
+            if device not in self._staging:
+                self._staging[device] = Staging(device)
+            copies.append(self._staging[device].to_host(rows))
             calls.clear()
         return PendingSnapshot(rank, step, damping, tuple(copies))
 
@@ -97,15 +100,23 @@ class Capture:
 
     def _hook(
         self, index: int
-    ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    ) -> Callable[
+        [nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], Tensor | None
+    ]:
         geometry = self._layers[index].geometry
         calls = self._calls[index]
 
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        def hook(
+            module: nn.Module,
+            positional: tuple[Tensor, ...],
+            named: dict[str, Tensor],
+            output: Tensor,
+        ) -> None:
             if not (self.armed and module.training and output.requires_grad):
                 return
+            inputs = positional[0] if positional else named["input"]
             with torch.no_grad():
-                rows = geometry.activation_rows(inputs[0].detach().to(self._dtype))
+                rows = geometry.activation_rows(inputs.detach().to(self._dtype))
             call = _Call(rows)
             calls.append(call)
 
