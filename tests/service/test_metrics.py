@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from prometheus_client import generate_latest
 
-from skfac.service.metrics import Metrics
+from skfac.service.metrics import CLOSED_KEPT, Metrics
 from skfac.wire.errors import InvalidRequestError
 from tests.support.values import (
     Harness,
@@ -109,25 +109,43 @@ def test_retries_are_counted(harness):
     assert retries > 0
 
 
-@pytest.mark.parametrize("how", ["closed", "replaced", "lease"])
-def test_the_series_of_a_session_go_away_with_it(harness, how):
+@pytest.mark.parametrize("how", ["closed", "lease"])
+def test_the_series_of_a_closed_session_stay_for_a_while(harness, how):
     session_id = harness.open(PAIR)
     bad = replace(snapshot(PAIR), damping=0.0)
     with pytest.raises(InvalidRequestError):
         harness.engine.submit(session_id, bad)
     harness.solve(session_id, snapshot(PAIR, 1, 0), snapshot(PAIR, 1, 1))
     harness.metrics.sent_bytes.labels("job").inc()
-    assert b'session="job"' in generate_latest(harness.metrics.registry)
 
     if how == "closed":
         harness.engine.close_session(session_id, 0)
-    elif how == "replaced":
-        harness.open(replace(PAIR, instance="run 2"))
     else:
         harness.advance(60.0)
 
+    assert value(harness.metrics, "skfac_sessions") == 0
+    for number in range(CLOSED_KEPT):
+        if number < CLOSED_KEPT - 1:  # advancing the clock closes a session as well
+            assert b'session="job"' in generate_latest(harness.metrics.registry)
+        other = harness.open(session_spec(job=f"other {number}"))
+        harness.engine.close_session(other, 0)
     assert b'session="job"' not in generate_latest(harness.metrics.registry)
-    assert value(harness.metrics, "skfac_sessions") == (how == "replaced")
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_the_series_of_a_job_that_comes_back_go_on(harness, replaced):
+    for run in ("run 1", "run 2"):
+        session_id = harness.open(session_spec(instance=run))
+        harness.solve(session_id, snapshot(session_spec()))
+        if not replaced:
+            harness.engine.close_session(session_id, 0)
+
+    labels = {"session": "job", "outcome": "solved"}
+    assert value(harness.metrics, "skfac_outcomes_total", **labels) == 2
+    if replaced:
+        for number in range(CLOSED_KEPT + 1):
+            harness.metrics.close_session(f"other {number}")
+        assert value(harness.metrics, "skfac_outcomes_total", **labels) == 2
 
 
 def test_other_sessions_keep_their_series(harness):

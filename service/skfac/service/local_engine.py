@@ -78,6 +78,7 @@ class LocalEngine:
                 session = None
             if session is None:
                 session = self._sessions.open(spec, self._clock())
+                self._metrics.open_session(spec.job)
                 self._metrics.sessions.set(len(self._sessions))
             session.open_ranks.add(rank)
             session.last_seen_s = self._clock()
@@ -292,7 +293,7 @@ class LocalEngine:
 
     def _forget(self, session: Session) -> None:
         self._scheduler.drop_session(session.session_id)
-        self._metrics.forget_session(session.spec.job)
+        self._metrics.close_session(session.spec.job)
         self._metrics.sessions.set(len(self._sessions))
         self._changed.notify_all()
 

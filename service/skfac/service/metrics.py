@@ -7,16 +7,21 @@ _SECONDS = (
     0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0,
 )  # fmt: skip
 
+CLOSED_KEPT = 64
+"""Closed sessions whose series are still there."""
+
 
 class Metrics:
     """One server's metrics in a registry of their own.
 
-    The label `session` is the job's name; it is bounded by the limit on sessions, and
-    a session's series go away with it.
+    The label `session` is the job's name. The series of a closed session stay, so that
+    the last scrape misses nothing, until as many others as `CLOSED_KEPT` have closed:
+    with the limit on sessions that bounds their number.
     """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._closed: dict[str, None] = {}  # jobs, the longest closed first
         session = ("session",)
         self.inversion_s = self._histogram(
             "skfac_inversion_seconds",
@@ -53,8 +58,20 @@ class Metrics:
         )
         self.sessions = self._gauge("skfac_sessions", "Sessions that are open.")
 
-    def forget_session(self, job: str) -> None:
-        """Remove a session's series."""
+    def open_session(self, job: str) -> None:
+        """Keep a job's series, which go on if it was open before."""
+        self._closed.pop(job, None)
+
+    def close_session(self, job: str) -> None:
+        """Let a job's series go once enough others have closed after it."""
+        self._closed.pop(job, None)
+        self._closed[job] = None
+        if len(self._closed) > CLOSED_KEPT:
+            oldest = next(iter(self._closed))
+            del self._closed[oldest]
+            self._remove(oldest)
+
+    def _remove(self, job: str) -> None:
         per_session: list[Counter | Histogram] = [
             self.inversion_s,
             self.stage_s,
