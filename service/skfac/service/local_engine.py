@@ -147,7 +147,8 @@ class LocalEngine:
             ServiceError: As `Engine.subscribe` lists them.
         """
         with self._changed:
-            session = self._touch(session_id)
+            # Also while draining: what was accepted is still to be received.
+            session = self._sessions.find(session_id)
             return LocalSubscription(session, held, self._changed, self._clock)
 
     def close_session(self, session_id: str, rank: int) -> None:
