@@ -109,6 +109,17 @@ class SessionSpec:
         """Versions of a layer between capture and deadline, plus the due one."""
         return -(-self.lag // self.update_every) + 1
 
+    def check_rank(self, rank: int) -> None:
+        """Check that a rank belongs to the job.
+
+        Raises:
+            InvalidRequestError: If `rank` is outside the world.
+        """
+        if not 0 <= rank < self.world_size:
+            raise InvalidRequestError(
+                f"Rank {rank} is outside the world of {self.world_size}."
+            )
+
     def first_difference(self, other: "SessionSpec") -> str | None:
         """Compare with the specification of another rank.
 

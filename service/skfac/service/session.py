@@ -59,10 +59,7 @@ class Session:
             InvalidRequestError: If the rank, damping, a layer, shape or dtype is wrong.
             LimitExceededError: If it is larger than a snapshot may be.
         """
-        if not 0 <= header.rank < self.spec.world_size:
-            raise InvalidRequestError(
-                f"Rank {header.rank} is outside the world of {self.spec.world_size}."
-            )
+        self.spec.check_rank(header.rank)
         if not (header.damping > 0 and math.isfinite(header.damping)):
             raise InvalidRequestError(
                 f"The damping of step {header.step} must be positive and finite, "

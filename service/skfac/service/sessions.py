@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from skfac.service.config import EngineConfig
 from skfac.service.session import Session
 from skfac.wire.errors import (
-    InvalidRequestError,
     LimitExceededError,
     ServiceError,
     SessionMismatchError,
@@ -69,10 +68,7 @@ class Sessions:
                 newer run of the job has replaced this one.
             LimitExceededError: If there are too many sessions or layers.
         """
-        if not 0 <= rank < spec.world_size:
-            raise InvalidRequestError(
-                f"Rank {rank} is outside the world of {spec.world_size}."
-            )
+        spec.check_rank(rank)
         if (spec.job, spec.instance) in self._replaced:
             raise SessionMismatchError(
                 f"Job {spec.job!r} was started again; this run of it is over. Give "
