@@ -34,6 +34,8 @@ class Task:
         loss_name: What the loss is called.
         metric: What is also reported of the validation, of outputs and targets.
         metric_name: What the metric is called.
+        batch_size: Examples of a step.
+        validate_every: Steps between validations; None validates after each epoch.
     """
 
     inputs: Tensor
@@ -45,11 +47,13 @@ class Task:
     loss_name: str
     metric: Callable[[Tensor, Tensor], Tensor]
     metric_name: str
+    batch_size: int = BATCH_SIZE
+    validate_every: int | None = None
 
     @property
     def epoch_steps(self) -> int:
         """Full batches in an epoch; the rest of it is left out."""
-        return len(self.inputs) // BATCH_SIZE
+        return len(self.inputs) // self.batch_size
 
 
 @dataclass(frozen=True)
@@ -100,14 +104,16 @@ def train(
         seed: Fixes the initial parameters and the order of the batches.
 
     Yields:
-        A `Step` after each step, a `Validation` at the start and after each epoch, and
-        one `Result` at the end, which comes early if the loss is not finite.
+        A `Step` after each step, a `Validation` at the start, whenever the task asks
+        for it and after the last step, and one `Result` at the end, which comes early
+        if the loss is not finite.
     """
     torch.manual_seed(seed)
     model = task.build_model()
     steps = epochs * task.epoch_steps
     optimizer, preconditioner = recipe(model)
     schedule = LambdaLR(optimizer, lambda step: 1 - step / steps)
+    validate_every = task.validate_every or task.epoch_steps
     seconds = 0.0
     with preconditioner or nullcontext():
         validation = _validate(task, model, 0, seconds)
@@ -124,7 +130,7 @@ def train(
             seconds += time.perf_counter() - start
             yield Step(step, seconds, loss.item())
             diverged = not math.isfinite(loss.item())
-            if diverged or step % task.epoch_steps == 0:
+            if diverged or step % validate_every == 0 or step == steps:
                 validation = _validate(task, model, step, seconds)
                 yield validation
             if diverged:
@@ -137,7 +143,7 @@ def _batches(task: Task, epochs: int, seed: int) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(1000 + seed)
     for _ in range(epochs):
         order = torch.randperm(len(task.inputs), generator=generator)
-        yield from torch.split(order, BATCH_SIZE)[: task.epoch_steps]
+        yield from torch.split(order, task.batch_size)[: task.epoch_steps]
 
 
 @torch.no_grad()

@@ -5,7 +5,10 @@ import torch
 from torch import nn
 
 from skfac.client.apply import Apply
+from skfac.client.config import PreconditionerConfig
 from skfac.client.layers import track_layers
+from skfac.client.ready import ReadyVersions
+from skfac.client.row_space import RowSpace
 from skfac.curvature.layer import precondition_layer
 from skfac.wire.outcome import Version
 
@@ -33,7 +36,16 @@ def version_of(layer, index: int, *, dtype=torch.float32) -> Version:
         torch.randn(4, dim, dtype=dtype) for dim in (layer.spec.d_in, layer.spec.d_out)
     ]
     inverses = precondition_layer(*rows, damping=0.1, split="pi")
-    return Version(index, 0, inverses, rows=4, ranks=1)
+    return Version(index, 0, inverses, rows=4, ranks=1, updates=1)
+
+
+def apply(layers, versions, *, kl_clip=1e9, trust="kl") -> Apply:
+    """One step of `Apply`, everything in gradient space."""
+    config = PreconditionerConfig(apply="gradient")
+    rows = RowSpace(layers, config, lambda *_: None)
+    done = Apply(layers, ReadyVersions(len(layers)), rows)
+    done(versions, trust=trust, kl_clip=kl_clip)
+    return done
 
 
 def dense(inverse) -> torch.Tensor:
@@ -52,7 +64,7 @@ def test_the_step_is_preconditioned_and_inside_the_trust_region():
     decrease = sum((p * g).sum() * LR**2 for p, g in zip(expected, raw, strict=True))
     kl_clip = 0.25 * float(decrease)
 
-    Apply(layers)(versions, kl_clip=kl_clip)
+    apply(layers, versions, kl_clip=kl_clip)
 
     for layer, direction in zip(layers, expected, strict=True):
         gradient = layer.gradient()
@@ -65,7 +77,7 @@ def test_a_small_step_is_not_lengthened():
     layers = layers_of(model)
     raw = raw_gradients(layers)
 
-    Apply(layers)([None, None], kl_clip=1e9)
+    apply(layers, [None, None], kl_clip=1e9)
 
     for layer, gradient in zip(layers, raw, strict=True):
         assert torch.equal(layer.gradient(), gradient)
@@ -77,7 +89,7 @@ def test_raw_gradients_are_bounded_too():
     raw = raw_gradients(layers)
     norm = sum(g.square().sum() for g in raw)
 
-    Apply(layers)([None, None], kl_clip=1e-4)
+    apply(layers, [None, None], kl_clip=1e-4)
 
     factor = (1e-4 / (LR**2 * norm)).sqrt()
     for layer, gradient in zip(layers, raw, strict=True):
@@ -91,7 +103,7 @@ def test_a_layer_without_a_gradient_is_left_alone():
     versions = [version_of(layer, index) for index, layer in enumerate(layers)]
     bias, other = model[0].bias.grad.clone(), model[1].weight.grad.clone()
 
-    Apply(layers)(versions, kl_clip=1e-3)
+    apply(layers, versions, kl_clip=1e-3)
 
     assert model[0].weight.grad is None
     assert torch.equal(model[0].bias.grad, bias)
@@ -103,7 +115,7 @@ def test_no_gradients_are_no_error():
     layers = layers_of(model)
     model.zero_grad()
 
-    Apply(layers)([None, None], kl_clip=1e-3)
+    apply(layers, [None, None], kl_clip=1e-3)
 
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -116,7 +128,7 @@ def test_gradients_keep_their_type(gradient, wire):
     raw = [gradient.double() for gradient in raw_gradients(layers)]
     versions = [version_of(layer, i, dtype=wire) for i, layer in enumerate(layers)]
 
-    Apply(layers)(versions, kl_clip=1e9)
+    apply(layers, versions, kl_clip=1e9)
 
     for layer, before, version in zip(layers, raw, versions, strict=True):
         after = layer.gradient()
@@ -132,11 +144,80 @@ def test_gradients_keep_their_type(gradient, wire):
 def test_a_new_version_replaces_the_old_one():
     model = model_with_gradients()
     layers = layers_of(model)
-    apply, results = Apply(layers), []
+    rows = RowSpace(layers, PreconditionerConfig(), lambda *_: None)
+    step, results = Apply(layers, ReadyVersions(2), rows), []
     for _ in range(2):
         start = [torch.ones_like(parameter) for parameter in model.parameters()]
         for parameter, gradient in zip(model.parameters(), start, strict=True):
             parameter.grad = gradient
-        apply([version_of(x, i) for i, x in enumerate(layers)], kl_clip=1e9)
+        versions = [version_of(x, i) for i, x in enumerate(layers)]
+        step(versions, trust="kl", kl_clip=1e9)
         results.append(model[0].weight.grad.clone())
     assert not torch.allclose(*results)
+
+
+def test_grafting_keeps_the_length_of_each_raw_gradient():
+    model = model_with_gradients()
+    layers = layers_of(model)
+    raw = raw_gradients(layers)
+    versions = [version_of(layers[0], 0), None]
+
+    apply(layers, versions, trust="graft", kl_clip=1e-9)
+
+    direction = (
+        dense(versions[0].preconditioner.derivatives)
+        @ raw[0]
+        @ dense(versions[0].preconditioner.activations)
+    )
+    expected = direction * raw[0].norm() / direction.norm()
+    torch.testing.assert_close(layers[0].gradient(), expected)
+    torch.testing.assert_close(layers[1].gradient(), raw[1])
+
+
+def test_no_trust_region_leaves_the_direction_as_it_is():
+    model = model_with_gradients()
+    layers = layers_of(model)
+    raw = raw_gradients(layers)
+    versions = [version_of(layer, index) for index, layer in enumerate(layers)]
+
+    apply(layers, versions, trust="none", kl_clip=1e-9)
+
+    for layer, before, version in zip(layers, raw, versions, strict=True):
+        inverses = version.preconditioner
+        exact = dense(inverses.derivatives) @ before @ dense(inverses.activations)
+        torch.testing.assert_close(layer.gradient(), exact)
+
+
+@pytest.mark.parametrize("trust", ["kl", "graft", "none"])
+def test_a_gradient_that_is_not_finite_stays_where_it_is(trust):
+    model = model_with_gradients()
+    layers = layers_of(model)
+    model[0].weight.grad[1, 2] = float("nan")
+    other = raw_gradients(layers)[1]
+    kl_clip = 1e-4
+
+    done = apply(layers, [None, None], trust=trust, kl_clip=kl_clip)
+
+    assert done.not_finite == 1
+    assert model[0].weight.grad.isnan().any()
+    nu = (kl_clip / (LR**2 * other.square().sum())).sqrt() if trust == "kl" else 1.0
+    torch.testing.assert_close(layers[1].gradient(), other * nu)
+
+
+def test_the_prediction_is_the_quadratic_model_s():
+    model = model_with_gradients(torch.float64)
+    layers = layers_of(model)
+    raw = raw_gradients(layers)
+    versions = [
+        version_of(layer, index, dtype=torch.float64)
+        for index, layer in enumerate(layers)
+    ]
+    kl_clip = 1e-4
+
+    done = apply(layers, versions, kl_clip=kl_clip)
+
+    steps = [LR * layer.gradient() for layer in layers]  # ν P lr
+    slope = sum((s * g).sum() for s, g in zip(steps, raw, strict=True))
+    assert done.prediction is not None
+    # lr² ν² <P, ∇W> is the trust region's κ, which binds here.
+    assert done.prediction.decrease == pytest.approx(float(slope) - kl_clip / 2)

@@ -6,6 +6,7 @@ import pytest
 
 from skfac.client import ConfigurationError, PreconditionerConfig
 from skfac.client.config import check_target
+from skfac.curvature.settings import CurvatureSettings
 
 # The keywords that the design promises.
 KEYWORDS = {
@@ -13,6 +14,7 @@ KEYWORDS = {
     "max_staleness", "history", "window", "decay", "rank", "energy", "reduction",
     "positions", "trust", "kl_clip", "apply", "skip", "grad_scaler",
     "accumulation_steps", "process_group", "job", "credentials", "wire_dtype",
+    "loss_reduction", "fisher",
 }  # fmt: skip
 
 
@@ -27,23 +29,8 @@ def test_all_keywords_are_accepted_and_documented():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("history", "window"),
-        ("history", "ema"),
-        ("reduction", "authors"),
-        ("reduction", "subsample"),
-        ("reduction", "expand"),
-        ("trust", "graft"),
-        ("trust", "none"),
-        ("apply", "row"),
         ("wire_dtype", "bfloat16"),
-        ("window", 3),
-        ("decay", 0.9),
-        ("rank", 64),
-        ("energy", 0.9),
-        ("positions", 4),
-        ("accumulation_steps", 4),
         ("process_group", object()),
-        ("grad_scaler", object()),
         ("credentials", object()),
     ],
 )
@@ -58,6 +45,8 @@ def test_what_is_not_built_yet_says_so(name, value):
         ("damping", 0),
         ("damping", -1.0),
         ("damping", float("nan")),
+        ("damping", float("inf")),
+        ("damping", True),
         ("damping", "much"),
         ("damping_split", "half"),
         ("kl_clip", 0.0),
@@ -69,11 +58,36 @@ def test_what_is_not_built_yet_says_so(name, value):
         ("on_late", "panic"),
         ("max_staleness", 0),
         ("history", "all"),
+        ("window", 0),
+        ("decay", 1.0),
+        ("decay", -0.1),
+        ("rank", 0),
+        ("rank", 2.5),
+        ("energy", 0.0),
+        ("energy", 1.1),
+        ("reduction", "mean"),
+        ("positions", 0),
+        ("positions", None),
+        ("loss_reduction", "none"),
+        ("fisher", "exact"),
+        ("trust", "blind"),
+        ("apply", "rows"),
+        ("accumulation_steps", 0),
+        ("grad_scaler", object()),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(name, value):
     with pytest.raises(ConfigurationError, match=name):
         PreconditionerConfig(**{name: value})
+
+
+def test_no_limit_is_a_rank():
+    assert PreconditionerConfig(rank=None).curvature_at(0).rank is None
+
+
+def test_row_space_needs_a_lag():
+    with pytest.raises(ConfigurationError, match=r"apply='row' .* lag to 1"):
+        PreconditionerConfig(apply="row", lag=0)
 
 
 def test_a_staleness_that_no_version_could_meet_is_refused():
@@ -87,14 +101,52 @@ def test_an_unknown_keyword_names_the_known_ones():
         PreconditionerConfig.of({"dampign": 1.0})
 
 
-def test_schedules_are_functions_of_the_step():
+def test_the_settings_of_a_snapshot_follow_their_schedules():
     config = PreconditionerConfig(
-        damping=lambda step: 1.0 / (step + 1), kl_clip=lambda step: float(2 - step)
+        damping=lambda step: 1.0 / (step + 1),
+        decay=lambda step: 0.1 * step,
+        window=lambda step: step + 2,
+        rank=lambda step: 10 * step,
+        energy=lambda step: step / 4,
     )
-    assert config.damping_at(3) == 0.25
-    assert config.kl_clip_at(1) == 1.0
-    with pytest.raises(ConfigurationError, match=r"kl_clip at step 2 .* got 0\.0"):
-        config.kl_clip_at(2)
+    assert config.curvature_at(3) == CurvatureSettings(
+        damping=0.25, decay=0.1 * 3, window=5, rank=30, energy=0.75
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("damping", 0.0),
+        ("kl_clip", float("nan")),
+        ("decay", 1.0),
+        ("window", 1.5),
+        ("rank", 0),
+        ("energy", 2.0),
+        ("positions", 0),
+        ("update_every", 0),
+        ("wait_s", -1.0),
+        ("max_staleness", 0),
+    ],
+)
+def test_schedules_are_checked_at_each_step(name, wrong):
+    right = {"decay": 0.5, "energy": 0.5}.get(name, 20)
+    config = PreconditionerConfig(**{name: lambda step: wrong if step == 2 else right})
+    assert config.at(name, 1) == right
+    with pytest.raises(ConfigurationError, match=rf"{name} at step 2 must be"):
+        config.at(name, 2)
+
+
+def test_a_schedule_of_staleness_must_leave_time_for_versions():
+    config = PreconditionerConfig(update_every=5, lag=2, max_staleness=lambda s: 8 - s)
+    assert config.max_staleness_at(1) == 7
+    with pytest.raises(ConfigurationError, match=r"max_staleness = 6 .* = 7"):
+        config.max_staleness_at(2)
+
+
+def test_a_schedule_of_updates_may_want_one_each_step():
+    assert PreconditionerConfig(update_every=7).least_update_every == 7
+    assert PreconditionerConfig(update_every=lambda step: 7).least_update_every == 1
 
 
 def test_one_pattern_to_skip_may_be_a_string():

@@ -4,6 +4,7 @@ import copy
 import io
 import threading
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -31,13 +32,33 @@ def test_exported_names_are_the_public_ones():
 
 
 @pytest.mark.parametrize(
-    ("lag", "update_every", "stop"), [(3, 2, 11), (0, 1, 6), (1, 5, 10)]
+    ("settings", "stop"),
+    [
+        ({"lag": 3, "update_every": 2}, 11),
+        ({"lag": 0, "update_every": 1}, 6),
+        ({"lag": 1, "update_every": 5}, 10),
+        ({"update_every": lambda step: 2 + step % 3}, 9),
+        ({"update_every": 2, "history": "window", "window": 3}, 9),
+        ({"update_every": 2, "history": "ema", "rank": 30}, 9),
+        ({"lag": 2, "update_every": 1, "history": "ema", "rank": None}, 9),
+        ({"update_every": 2, "reduction": "subsample", "positions": 2}, 7),
+        ({"update_every": 2, "trust": "graft", "energy": 0.9}, 7),
+    ],
 )
-def test_a_run_resumes_to_the_bit(lag, update_every, stop):
-    settings = {"lag": lag, "update_every": update_every, "on_late": "wait"}
+@pytest.mark.parametrize("embedded", [True, False])
+def test_a_run_resumes_to_the_bit(settings, stop, embedded):
+    settings = {"on_late": "wait"} | settings
 
     def train(model, optimizer, first, last, state=None):
-        with Preconditioner(model, optimizer, **settings) as preconditioner:
+        with (
+            nullcontext() if embedded else serving() as server,
+            Preconditioner(
+                model,
+                optimizer,
+                target=server.address if server else "embedded",
+                **settings,
+            ) as preconditioner,
+        ):
             if state is not None:
                 preconditioner.load_state_dict(state)
             for step in range(first, last):
@@ -88,23 +109,33 @@ def test_a_state_of_another_model_is_refused():
 def test_the_report_is_plain_and_complete():
     model = small_cnn()
     optimizer = sgd(model)
-    with Preconditioner(model, optimizer, update_every=2, lag=1, on_late="wait") as pre:
+    with Preconditioner(
+        model, optimizer, update_every=2, lag=1, on_late="wait", apply="row"
+    ) as pre:
         for step in range(6):
             backward(model, step)
             pre.step()
             optimizer.zero_grad()
         report = pre.report()
 
-    layer = {"version": 4, "age": 1}
+    layer = {"version": 4, "age": 1, "updates": 1}
     waits = report["versions"].pop("waits", 0)
     assert report.pop("waited_s") >= 0
+    assert 0 < report.pop("trust_scale") < 1
     assert waits <= 3
     assert report == {
         "step": 6,
         "connected": True,
         "failure": None,
-        "layers": {"0": layer, "3": layer, "5": layer, "7": layer},
+        "layers": {
+            "0": layer | {"rank": [10, 6], "apply": "gradient"},
+            "3": layer | {"rank": [24, 24], "apply": "row"},
+            "5": layer | {"rank": [24, 8], "apply": "row"},
+            "7": layer | {"rank": [9, 5], "apply": "row"},
+        },
         "raw_gradients": 4,
+        "not_finite": 0,
+        "damping": 0.03,
         "versions": {"solved": 12},
         "transport": {"connects": 1},
     }
@@ -124,7 +155,7 @@ def test_a_snapshot_is_forgotten_once_its_outcome_is_known(embedded):
                 pre.step()
                 optimizer.zero_grad()
             pre.state_dict()  # waits for what is on its way
-            pre._transport.push(pre._capture.take(0, 9, 0.1))
+            pre._transport.push(pre._capture.take(9))
             kept = list(pre._transport._outbox._snapshots)  # type: ignore[attr-defined]
     assert kept in ([9], [])
 
@@ -195,6 +226,92 @@ def test_versions_that_are_too_old_are_not_used():
             pre.step()
             raw.append(pre.report()["raw_gradients"])
     assert raw == [0, 0, 4, 8, 12]
+
+
+def test_a_schedule_of_updates_says_when_to_capture():
+    model = small_cnn()
+    optimizer = sgd(model)
+    with Preconditioner(
+        model, optimizer, update_every=lambda step: 1 + step, lag=0
+    ) as pre:
+        versions = []
+        for step in range(9):
+            backward(model, step)
+            pre.step()
+            optimizer.zero_grad()
+            versions.append(pre.report()["layers"]["0"]["version"])
+    assert versions == [0, 1, 1, 3, 3, 3, 3, 7, 7]
+
+
+def test_schedules_reach_the_engine():
+    model = small_cnn()
+    optimizer = sgd(model)
+    with Preconditioner(
+        model,
+        optimizer,
+        update_every=1,
+        lag=0,
+        damping_split="equal",
+        damping=lambda step: 4.0 / (1 + step),
+        rank=lambda step: 8 - step,
+    ) as pre:
+        found = []
+        for step in range(3):
+            backward(model, step)
+            pre.step()
+            optimizer.zero_grad()
+            version = pre._store.in_use[1]
+            assert version is not None
+            derivatives = version.preconditioner.derivatives
+            found.append((len(derivatives.tensor), derivatives.damping))
+    ranks = [rank for rank, _ in found]
+    assert ranks == [8, 7, 6]
+    # At least √λ; the trace that the rank cuts off comes on top.
+    assert all(d >= (4.0 / (1 + s)) ** 0.5 for s, (_, d) in enumerate(found))
+    assert found[0][1] == pytest.approx(2.0, rel=0.05)
+
+
+def test_the_monte_carlo_fisher_is_of_the_model_s_own_targets():
+    model = nn.Linear(3, 2)
+    optimizer = sgd(model)
+    with Preconditioner(
+        model, optimizer, update_every=2, lag=0, fisher="monte_carlo"
+    ) as pre:
+        pushed = []
+        push = pre._transport.push
+
+        def record(snapshot):
+            pushed.append(snapshot.wait().layers[0].derivatives)
+            push(snapshot)
+
+        pre._transport.push = record  # type: ignore[method-assign]
+        for _ in range(3):
+            outputs = model(torch.randn(4, 3))
+            pre.capture_from((outputs * torch.tensor([5.0, 7.0])).sum(1).mean())
+            assert model.weight.grad is None
+            outputs.square().sum(1).mean().backward()
+            pre.step()
+            optimizer.zero_grad()
+        assert len(pushed) == 2
+        for derivatives in pushed:
+            torch.testing.assert_close(
+                derivatives, torch.tensor([5.0, 7.0]).expand(4, 2)
+            )
+        for _ in range(2):
+            model(torch.randn(4, 3)).sum().backward()
+            if pre.report()["step"] == 3:
+                pre.step()
+        with pytest.raises(ConfigurationError, match=r"capture_from.*not called"):
+            pre.step()
+
+
+def test_a_sampled_loss_needs_the_setting():
+    model = nn.Linear(3, 2)
+    with (
+        Preconditioner(model, sgd(model)) as pre,
+        pytest.raises(ConfigurationError, match="fisher='monte_carlo'"),
+    ):
+        pre.capture_from(model(torch.randn(4, 3)).sum())
 
 
 def test_it_closes_itself_and_takes_no_more_steps():

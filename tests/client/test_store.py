@@ -24,7 +24,7 @@ LAYERS = (
 )
 
 
-def store_of(*, lag=1, update_every=1, on_late="keep", wait_s=0.0, up=True) -> Store:
+def store_of(*, lag=1, update_every=1, on_late="keep", up=True) -> Store:
     spec = SessionSpec(
         job="job",
         instance="1",
@@ -36,26 +36,28 @@ def store_of(*, lag=1, update_every=1, on_late="keep", wait_s=0.0, up=True) -> S
         lag=lag,
         on_late=on_late,
     )
-    store = Store(spec, wait_s=wait_s)
+    store = Store(spec)
     store.set_link(up=up)
     return store
 
 
-def version(layer: int, step: int, *, value=0.0, damping=1.0, dims=None) -> Version:
+def version(
+    layer: int, step: int, *, value=0.0, damping=1.0, dims=None, updates=1
+) -> Version:
     d_in, d_out = dims or (LAYERS[layer].d_in, LAYERS[layer].d_out)
     inverses = LayerPreconditioner(
         LowRankInverse(torch.full((1, d_in), value), damping),
         LowRankInverse(torch.zeros(1, d_out), damping),
     )
-    return Version(layer, step, inverses, rows=1, ranks=1)
+    return Version(layer, step, inverses, rows=1, ranks=1, updates=updates)
 
 
 def both(step: int) -> list[Outcome]:
     return [version(0, step), version(1, step)]
 
 
-def used(store: Store, step: int) -> list[int | None]:
-    return [v.step if v else None for v in store.versions_at(step)]
+def used(store: Store, step: int, wait_s=0.0) -> list[int | None]:
+    return [v.step if v else None for v in store.versions_at(step, wait_s)]
 
 
 def test_a_version_is_held_back_until_its_step():
@@ -122,7 +124,7 @@ def test_duplicates_and_what_nobody_expects_change_nothing():
 
     assert first == [0]
     assert store.counts["unexpected"] == 3
-    in_use = store.versions_at(1)
+    in_use = store.versions_at(1, 0.0)
     assert in_use[1] is not None
     assert not in_use[1].preconditioner.activations.tensor.any()
 
@@ -149,12 +151,12 @@ def test_an_unusable_inverse_is_lost_and_counted(bad):
 
 
 def test_it_waits_for_a_version_that_is_due():
-    store = store_of(wait_s=30.0)
+    store = store_of()
     store.expect(0)
     answer = threading.Timer(0.05, lambda: store.receive(both(0)))
     answer.start()
 
-    assert used(store, 1) == [0, 0]
+    assert used(store, 1, wait_s=30.0) == [0, 0]
     assert store.counts["waits"] == 1
     assert 0 < store.waited_s < 30
     answer.join()
@@ -170,7 +172,7 @@ def test_an_inverse_that_is_no_matrix_is_lost():
     inverses = LayerPreconditioner.__new__(LayerPreconditioner)
     object.__setattr__(inverses, "activations", vector)
     object.__setattr__(inverses, "derivatives", good.preconditioner.derivatives)
-    store.receive([Version(0, 0, inverses, rows=1, ranks=1)])
+    store.receive([Version(0, 0, inverses, rows=1, ranks=1, updates=1)])
 
     assert used(store, 1) == [None, None]
     assert store.counts["corrupt"] == 1
@@ -186,13 +188,13 @@ def test_a_dense_inverse_that_is_not_square_is_lost():
         object.__setattr__(dense, name, value)
     for name, value in (("activations", dense), ("derivatives", good)):
         object.__setattr__(oblong, name, value)
-    store.receive([Version(0, 0, oblong, rows=1, ranks=1)])
+    store.receive([Version(0, 0, oblong, rows=1, ranks=1, updates=1)])
 
     assert used(store, 1) == [None, None]
 
 
 def test_a_bug_in_a_transport_is_a_failure_that_is_said(caplog):
-    store = store_of(wait_s=1e6, on_late="wait")
+    store = store_of(on_late="wait")
     store.expect(0)
     with store.guard():
         raise ZeroDivisionError("a bug")
@@ -200,24 +202,24 @@ def test_a_bug_in_a_transport_is_a_failure_that_is_said(caplog):
     assert not store.link_up
     assert "no more versions will come" in caplog.text
     with pytest.raises(ServerUnavailableError, match="ZeroDivisionError: a bug"):
-        store.versions_at(1)
+        store.versions_at(1, 1e6)
 
 
 @pytest.mark.parametrize("reason", ["down", "lost", "fails while waiting"])
 def test_it_does_not_wait_for_what_will_not_come(reason):
-    store = store_of(wait_s=1e6, up=reason != "down")
+    store = store_of(up=reason != "down")
     store.expect(0)
     if reason == "lost":
         store.lose(0, "refused", "NaN rows")
     breaks = threading.Timer(0.05, lambda: store.set_link(up=False))
     breaks.start()
 
-    assert used(store, 1) == [None, None]
+    assert used(store, 1, wait_s=1e6) == [None, None]
     breaks.join()
 
 
 def test_a_silent_server_is_waited_for_once(monkeypatch):
-    store = store_of(wait_s=7.0)
+    store = store_of()
     waits_s: list[float] = []
 
     def in_vain(predicate, timeout_s):
@@ -227,23 +229,23 @@ def test_a_silent_server_is_waited_for_once(monkeypatch):
     monkeypatch.setattr(store._changed, "wait_for", in_vain)
     for step in range(4):
         store.expect(step)
-        assert used(store, step) == [None, None]
+        assert used(store, step, wait_s=7.0) == [None, None]
     assert waits_s == [7.0]
     store.receive(both(3))  # it speaks again
     store.expect(4)
     store.expect(5)
-    assert used(store, 4) == [3, 3]
-    assert used(store, 5) == [3, 3]
+    assert used(store, 4, wait_s=7.0) == [3, 3]
+    assert used(store, 5, wait_s=7.0) == [3, 3]
     assert waits_s == [7.0, 7.0]
 
 
 def test_raise_raises_and_wait_waits():
-    raising = store_of(on_late="raise", wait_s=0.01)
+    raising = store_of(on_late="raise")
     raising.expect(0)
     with pytest.raises(LateVersionError, match="2 of 2 layers have no version"):
-        raising.versions_at(1)
+        raising.versions_at(1, 0.01)
 
-    waiting = store_of(on_late="wait", wait_s=0.0, up=False)
+    waiting = store_of(on_late="wait", up=False)
     waiting.expect(0)
     answer = threading.Timer(0.05, lambda: waiting.receive(both(0)))
     answer.start()
@@ -253,14 +255,14 @@ def test_raise_raises_and_wait_waits():
     waiting.expect(1)
     waiting.fail(SessionMismatchError("not you"))
     with pytest.raises(SessionMismatchError, match="not you"):
-        waiting.versions_at(2)
+        waiting.versions_at(2, 0.0)
 
 
 def test_a_failure_leaves_keep_alone():
-    store = store_of(wait_s=1e6, up=False)
+    store = store_of(up=False)
     store.fail(SessionMismatchError("not you"))
     store.expect(0)
-    assert used(store, 1) == [None, None]
+    assert used(store, 1, wait_s=1e6) == [None, None]
     with pytest.raises(SessionMismatchError):
         store.await_link(0.0)
 
@@ -273,11 +275,21 @@ def test_what_a_checkpoint_still_expected_is_not_waited_for():
     assert store.counts["superseded"] == 1
 
 
+def test_a_server_that_forgot_its_history_is_told_of(caplog):
+    store = store_of()
+    for step, updates in enumerate((1, 2, 2, 1, 2)):
+        store.expect(step)
+        store.receive([version(0, step, updates=updates), version(1, step)])
+
+    assert store.counts["history_losses"] == 1
+    assert "history of layer 'a' has 1 updates and had 2" in caplog.text
+
+
 def test_memory_is_bounded():
     store = store_of(lag=3)
     for step in range(100):
         store.expect(step)
-        store.versions_at(step)
+        store.versions_at(step, 0.0)
         assert len(store._expected) <= 4
 
 

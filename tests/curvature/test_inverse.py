@@ -8,13 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from skfac.curvature.factor import Moment, moment_of
 from skfac.curvature.inverse import (
     DenseInverse,
+    DiagonalInverse,
     FactorInverse,
     LowRankInverse,
     invert_factor,
+    invert_moment,
 )
 from tests.support.dense import dense_inverse, factor, normal, relative_error
+from tests.support.weighted import diagonal_factor, kept_matrix
 
 LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # C++ has it
 
@@ -216,5 +220,134 @@ def test_rejects_rows_that_are_not_finite(bad, rows):
     broken = rows.clone()
     broken[1, 2] = bad
 
-    with pytest.raises(LinAlgError, match=r"has condition (nan|inf); torch\.float64"):
+    with pytest.raises(ValueError, match="must be finite"):
         invert_factor(broken, damping=1.0)
+
+
+GROUPED = pytest.mark.parametrize(
+    "shape", [(3, 4, 9), (2, 6, 6), (2, 12, 5), (1, 4, 9), (4, 1, 1)], ids=str
+)
+
+
+@GROUPED
+@pytest.mark.parametrize("damping", [1e-3, 1.0])
+def test_grouped_rows_are_inverted_block_by_block(shape, damping):
+    rows, columns = normal(*shape), normal(shape[0], shape[2], 3, seed=1)
+    more_rows = normal(shape[0], 2, shape[2], seed=2)
+
+    inverse = invert_factor(rows, damping=damping)
+    left, right = inverse.left(columns), inverse.right(more_rows)
+
+    for i, group in enumerate(rows):
+        expected = dense_inverse(group, damping)
+        assert relative_error(left[i], expected @ columns[i]) < EXACT
+        assert relative_error(right[i], more_rows[i] @ expected) < EXACT
+    assert isinstance(inverse, LowRankInverse if shape[1] < shape[2] else DenseInverse)
+    assert inverse.dim == shape[2]
+    assert inverse.tensor.is_contiguous()
+
+
+@GROUPED
+def test_arguments_of_grouped_inverses_are_not_modified(shape):
+    rows, square = normal(*shape), normal(shape[0], shape[2], shape[2])
+    before = square.clone()
+
+    inverse = invert_factor(rows, damping=1.0)
+    first = inverse.left(square), inverse.right(square)
+
+    assert torch.equal(square, before)
+    assert torch.equal(first[0], inverse.left(square))
+    assert torch.equal(first[1], inverse.right(square))
+
+
+def test_one_bad_group_refuses_all():
+    rows = torch.ones(3, 2, 5)
+    rows[1] = 1e4
+
+    with pytest.raises(LinAlgError, match="has condition"):
+        invert_factor(rows, damping=1.0)
+
+
+@pytest.mark.parametrize("shape", [(4, 9), (12, 5), (3, 4, 9), (2, 12, 5)], ids=str)
+def test_results_are_row_major(shape):
+    inverse = invert_factor(normal(*shape), damping=1.0)
+
+    assert inverse.tensor.is_contiguous()
+
+
+@pytest.mark.parametrize("damping", DAMPINGS)
+@pytest.mark.parametrize("stored", [1, 3, 8])
+def test_a_diagonal_equals_the_dense_inverse(stored, damping):
+    rows, columns, more_rows = normal(stored, 7), normal(7, 3), normal(2, 7)
+    dense = diagonal_factor(rows, 4) + damping * torch.eye(7, dtype=torch.float64)
+    expected = torch.linalg.inv(dense)
+
+    moment = moment_of(rows, count=4, diagonal=True)
+    inverse = invert_moment(moment, damping=damping, dtype=torch.float64)
+
+    assert isinstance(inverse, DiagonalInverse)
+    assert inverse.diagonal.shape == (1, 7)
+    assert (inverse.dim, inverse.damping) == (7, damping)
+    assert relative_error(inverse.left(columns), expected @ columns) < EXACT
+    assert relative_error(inverse.right(more_rows), more_rows @ expected) < EXACT
+    copy = inverse.tensor.clone()
+    moved = inverse.with_tensor(copy)
+    assert moved.tensor is copy
+    assert torch.equal(explicit(moved), explicit(inverse))
+
+
+def test_a_diagonal_of_any_condition_is_exact_in_float32():
+    # Counts of rare and frequent words: each number is rounded on its own.
+    rows = torch.tensor([[1e6, 1.0, 1e-6, 0.0]])
+
+    moment = moment_of(rows, count=1, diagonal=True)
+    inverse = invert_moment(moment, damping=1e-3, dtype=torch.float32)
+
+    expected = 1 / (rows.double().square() + 1e-3)
+    torch.testing.assert_close(inverse.tensor.double(), expected, rtol=1e-7, atol=0)
+    assert inverse.tensor.dtype is torch.float32
+
+
+@pytest.mark.parametrize("shape", [(8, 9), (12, 9), (2, 8, 9)], ids=str)
+@pytest.mark.parametrize("condense", [False, True])
+@pytest.mark.parametrize("weight", [1.0, 0.05])
+def test_what_was_dropped_is_damping(weight, condense, shape):
+    moment = moment_of(normal(*shape), count=shape[-2])
+    moment = moment.condensed() if condense else moment
+    small = moment.compressed(rank=3).scaled(weight)
+
+    inverse = invert_moment(small, damping=0.1, dtype=torch.float64)
+
+    dim = kept_matrix(moment).shape[0]
+    dropped = float((kept_matrix(moment) - kept_matrix(small)).trace()) / dim
+    assert inverse.damping == pytest.approx(0.1 + dropped)
+    identity = torch.eye(dim, dtype=torch.float64)
+    exact = kept_matrix(small) + inverse.damping * identity
+    found = inverse.left(torch.eye(9, dtype=torch.float64).expand(*shape[:-2], 9, 9))
+    whole = torch.block_diag(*found) if found.ndim == 3 else found
+    assert relative_error(whole, torch.linalg.inv(exact)) < EXACT
+    # The mean eigenvalue under damping is what it was.
+    assert float(exact.trace()) / dim == pytest.approx(moment.mean_eigenvalue + 0.1)
+
+
+def test_a_matrix_is_inverted_like_its_rows():
+    moment = moment_of(normal(12, 5), count=12)
+    kept = moment.condensed().tensor.clone()
+    condensed = Moment("dense", kept, moment.weight)
+
+    found = [
+        invert_moment(m, damping=0.1, dtype=torch.float32) for m in (moment, condensed)
+    ]
+
+    assert isinstance(found[1], DenseInverse)
+    torch.testing.assert_close(found[1].matrix, found[0].tensor)
+    assert torch.equal(kept, moment.condensed().tensor)
+
+
+@pytest.mark.parametrize("damping", [0.0, -1.0, math.nan])
+@pytest.mark.parametrize("diagonal", [True, False])
+def test_rejects_damping_of_a_moment(diagonal, damping):
+    moment = moment_of(normal(9, 4), count=9, diagonal=diagonal).condensed()
+
+    with pytest.raises(ValueError, match=f"damping must be positive, got {damping}"):
+        invert_moment(moment, damping=damping, dtype=torch.float64)

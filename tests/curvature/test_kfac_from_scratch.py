@@ -5,6 +5,7 @@ arXiv 2507.05127: every case below is one where K-FAC is known to be exact.
 """
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,24 +15,27 @@ import torch
 from torch import Tensor, nn
 
 from skfac.curvature.geometry import LayerGeometry
-from skfac.curvature.inverse import invert_factor
-from tests.support.dense import (
+from skfac.curvature.positions import Positions, Reduction
+from tests.support.curvature import (
     Loss,
+    diagonal_blocks,
     divisor,
     empirical_fisher_block,
-    geometry_for,
     ggn_block,
     hessian_roots,
-    normal,
-    relative_error,
 )
+from tests.support.dense import geometry_for, normal, relative_error
 
 Curvature = Callable[[nn.Module, str, Tensor, Tensor, Loss], Tensor]
+Kfac = Callable[[nn.Module, str, tuple[Tensor, Tensor], Loss, Reduction], Tensor]
 
 EXACT = 1e-9
 BIAS = pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 REDUCTION = pytest.mark.parametrize("reduction", ["mean", "sum"])
 POOL = pytest.mark.parametrize("pool", [torch.mean, torch.sum], ids=["mean", "sum"])
+
+
+MODE = pytest.mark.parametrize("mode", ["reduce", "expand"])
 
 
 class Pool(nn.Module):
@@ -54,34 +58,35 @@ class Recording:
     outputs: Tensor
     predictions: Tensor
 
-    def block(self, vectors: list[Tensor], loss: Loss) -> Tensor:
-        """`G ⊗ A`, where G sums over `vectors` and both average over the batch.
+    def blocks(self, vectors: list[Tensor], loss: Loss, reduction: Reduction) -> Tensor:
+        """`G ⊗ A` of each group, where G sums over `vectors`, both average over rows.
 
         Each vector is a derivative of the per-sample losses for the predictions. It
         is divided by what the loss divides by, as in a training step; `scale` must
-        undo that. A factor is `XᵀX / rows` and there are `batch · len(vectors)` rows,
-        so each row is multiplied by `√len(vectors)` to leave a sum over the vectors.
+        undo that. A factor is `XᵀX / rows` and every vector brings as many rows, so
+        the factors are added up over the vectors.
         The block is that of the mean of the per-sample losses; a loss that adds them
         has `batch` times that curvature.
         """
         batch, scale = len(self.predictions), divisor(loss, len(self.predictions))
-        rows = []
+        positions, factors = Positions(reduction, None), []
         for vector in vectors:
             (derivatives,) = torch.autograd.grad(
                 self.predictions, self.outputs, vector / scale, retain_graph=True
             )
-            rows.append(self.geometry.derivative_rows(derivatives, scale=scale))
-        activations = self.geometry.activation_rows(self.inputs.detach())
-        return torch.kron(
-            inverted_factor(torch.cat(rows) * len(vectors) ** 0.5),
-            inverted_factor(activations),
-        ) * (batch / scale)
+            rows = self.geometry.derivative_rows(derivatives, positions, scale=scale)
+            factors.append(_by_group(rows.mT @ rows / rows.shape[-2]))
+        columns = self.geometry.activation_rows(self.inputs.detach(), positions)
+        product = columns.mT @ columns
+        if self.geometry.diagonal:
+            product = product.diagonal().diag()
+        summed = torch.stack(factors).sum(0)
+        pairs = zip(summed, _by_group(product / rows.shape[-2]), strict=True)
+        return torch.stack([torch.kron(g, a) for g, a in pairs]) * (batch / scale)
 
 
-def inverted_factor(rows: Tensor) -> Tensor:
-    """The factor as `invert_factor` means it, read back from its inverse."""
-    identity = torch.eye(rows.shape[1], dtype=rows.dtype)
-    return invert_factor(rows, damping=1.0).left(identity).inverse() - identity
+def _by_group(factor: Tensor) -> Tensor:
+    return factor if factor.ndim == 3 else factor[None]
 
 
 def record(model: nn.Module, layer: str, inputs: Tensor) -> Recording:
@@ -93,22 +98,34 @@ def record(model: nn.Module, layer: str, inputs: Tensor) -> Recording:
 
 
 def type2_kfac(
-    model: nn.Module, layer: str, inputs: Tensor, targets: Tensor, loss: Loss
+    model: nn.Module,
+    layer: str,
+    batch: tuple[Tensor, Tensor],
+    loss: Loss,
+    reduction: Reduction,
 ) -> Tensor:
     """K-FAC of the GGN: backpropagate the columns of the loss Hessian's root."""
+    inputs, targets = batch
     recording = record(model, layer, inputs)
     roots = hessian_roots(loss, recording.predictions.detach(), targets)
-    return recording.block(list(roots.unbind(-1)), loss)
+    vectors = [root.reshape(recording.predictions.shape) for root in roots.unbind(-1)]
+    return recording.blocks(vectors, loss, reduction)
 
 
 def empirical_kfac(
-    model: nn.Module, layer: str, inputs: Tensor, targets: Tensor, loss: Loss
+    model: nn.Module,
+    layer: str,
+    batch: tuple[Tensor, Tensor],
+    loss: Loss,
+    reduction: Reduction,
 ) -> Tensor:
     """K-FAC of the empirical Fisher: backpropagate the gradient of the loss."""
+    inputs, targets = batch
     recording = record(model, layer, inputs)
     predictions = recording.predictions.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(loss(predictions, targets), predictions)
-    return recording.block([gradient * divisor(loss, len(inputs))], loss)
+    vectors = [gradient * divisor(loss, len(inputs))]
+    return recording.blocks(vectors, loss, reduction)
 
 
 def weighted_layers(model: nn.Module) -> list[str]:
@@ -116,19 +133,23 @@ def weighted_layers(model: nn.Module) -> list[str]:
 
 
 def layer_errors(
-    kfac: Curvature,
+    kfac: Kfac,
     exact: Curvature,
     model: nn.Module,
     batch: tuple[Tensor, Tensor],
     loss: Loss,
+    reduction: Reduction = "reduce",
 ) -> dict[str, float]:
-    """Relative error of the K-FAC block of every layer, by name."""
-    return {
-        layer: relative_error(
-            kfac(model, layer, *batch, loss), exact(model, layer, *batch, loss)
-        )
-        for layer in weighted_layers(model)
-    }
+    """Relative error of the K-FAC blocks of every layer, by name.
+
+    The blocks of a grouped layer are those on the diagonal.
+    """
+    errors = {}
+    for layer in weighted_layers(model):
+        blocks = kfac(model, layer, batch, loss, reduction)
+        whole = exact(model, layer, *batch, loss)
+        errors[layer] = relative_error(blocks, diagonal_blocks(whole, len(blocks)))
+    return errors
 
 
 def linear_net(
@@ -143,6 +164,7 @@ def linear_net(
 
 @BIAS
 @REDUCTION
+@MODE
 @pytest.mark.parametrize(
     ("loss_type", "target"),
     [
@@ -156,11 +178,11 @@ def linear_net(
     [(type2_kfac, ggn_block), (empirical_kfac, empirical_fisher_block)],
     ids=["type-2", "empirical"],
 )
-def test_one_datum_is_exact(kfac, exact, loss_type, target, reduction, bias):
+def test_one_datum_is_exact(kfac, exact, loss_type, target, mode, reduction, bias):
     model = linear_net(5, 4, 4, 2, bias=bias, between=nn.Tanh())
     loss = loss_type(reduction=reduction)
 
-    errors = layer_errors(kfac, exact, model, (normal(1, 5), target), loss)
+    errors = layer_errors(kfac, exact, model, (normal(1, 5), target), loss, mode)
 
     assert len(errors) == 3
     assert max(errors.values()) < EXACT, errors
@@ -181,6 +203,26 @@ def test_deep_linear_net_is_exact_for_type_2_only(reduction, bias):
 
 
 @BIAS
+@REDUCTION
+@pytest.mark.parametrize("positions", [(5,), (2, 3)], ids=["sequence", "grid"])
+def test_positions_with_a_target_each_are_exact_for_expand_only(
+    positions, reduction, bias
+):
+    model = linear_net(4, 3, 3, 2, bias=bias)
+    batch = normal(6, *positions, 4), normal(6, *positions, 2, seed=1)
+    loss = nn.MSELoss(reduction=reduction)
+
+    expand, reduce = (
+        layer_errors(type2_kfac, ggn_block, model, batch, loss, mode)
+        for mode in ("expand", "reduce")
+    )
+
+    assert len(expand) == 3
+    assert max(expand.values()) < EXACT, expand
+    assert min(reduce.values()) > 0.05, reduce
+
+
+@BIAS
 @POOL
 @REDUCTION
 @pytest.mark.parametrize("positions", [(5,), (2, 3)], ids=["sequence", "grid"])
@@ -195,6 +237,25 @@ def test_pooled_positions_are_exact(positions, reduction, pool, bias):
 
     assert len(errors) == 3
     assert max(errors.values()) < EXACT, errors
+
+
+@BIAS
+@POOL
+@REDUCTION
+def test_expand_is_exact_only_behind_the_pool(reduction, pool, bias):
+    model = linear_net(4, 3, 3, 3, 2, bias=bias).insert(2, Pool(pool, (1,)))
+    batch = normal(6, 5, 4), normal(6, 2, seed=1)
+    loss = nn.MSELoss(reduction=reduction)
+
+    reduced, expanded = (
+        layer_errors(type2_kfac, ggn_block, model, batch, loss, mode)
+        for mode in ("reduce", "expand")
+    )
+
+    assert max(reduced.values()) < EXACT, reduced
+    before, behind = list(expanded.values())[:2], list(expanded.values())[2:]
+    assert max(behind) < EXACT, expanded
+    assert min(before) > 0.05, expanded
 
 
 # `reduce` replaces Σ_s g_s x_sᵀ by (Σ_s g_s)(mean_s x_s)ᵀ, exact when g_s is the same
@@ -253,3 +314,72 @@ def test_only_the_last_convolution_is_exact_in_general(second, reduction, pool, 
 
     assert last < EXACT
     assert first > 1e-3
+
+
+POOLED_LAYERS = {
+    "conv1d": (nn.Conv1d(2, 3, 3, stride=2, padding=1), (2, 7)),
+    "grouped conv2d": (nn.Conv2d(4, 6, (2, 3), groups=2, padding=1), (4, 4, 5)),
+    "depthwise conv2d": (nn.Conv2d(3, 3, 2, groups=3), (3, 4, 3)),
+    "conv3d": (nn.Conv3d(2, 3, 2, padding=(1, 0, 0)), (2, 2, 3, 2)),
+    "conv_transpose1d": (
+        nn.ConvTranspose1d(2, 3, 3, stride=2, output_padding=1),
+        (2, 4),
+    ),
+    "grouped conv_transpose2d": (
+        nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, groups=2),
+        (4, 2, 3),
+    ),
+}
+
+
+@BIAS
+@POOL
+@REDUCTION
+@pytest.mark.parametrize("name", POOLED_LAYERS)
+def test_every_kind_is_exact_under_a_pool(name, reduction, pool, bias):
+    original, shape = POOLED_LAYERS[name]
+    layer = copy.deepcopy(original)
+    if not bias:
+        layer.register_parameter("bias", None)
+    spatial = tuple(range(2, 1 + len(shape)))
+    model = nn.Sequential(layer, Pool(pool, spatial)).double()
+    model.append(nn.Linear(layer.out_channels, 2, bias=bias).double())
+    batch = normal(4, *shape), normal(4, 2, seed=1)
+
+    errors = layer_errors(
+        type2_kfac, ggn_block, model, batch, nn.MSELoss(reduction=reduction)
+    )
+
+    assert len(errors) == 2
+    assert max(errors.values()) < EXACT, errors
+
+
+class Tokens(nn.Module):
+    """An embedding whose tokens come as floats, as any other input here."""
+
+    def __init__(self, padding: int | None):
+        super().__init__()
+        self.table = nn.Embedding(5, 3, padding_idx=padding, dtype=torch.float64)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.table(inputs.long())
+
+
+@REDUCTION
+@pytest.mark.parametrize("padding", [None, 2])
+@pytest.mark.parametrize(
+    ("tokens", "mode"),
+    [((6,), "reduce"), ((6,), "expand"), ((6, 4), "expand")],
+    ids=["single, reduce", "single, expand", "a target each, expand"],
+)
+def test_an_embedding_is_exact(tokens, mode, padding, reduction):
+    model = nn.Sequential(Tokens(padding), nn.Linear(3, 2, dtype=torch.float64))
+    inputs = torch.arange(math.prod(tokens)).remainder(5).reshape(tokens).double()
+    batch = inputs, normal(*tokens, 2, seed=1)
+
+    errors = layer_errors(
+        type2_kfac, ggn_block, model, batch, nn.MSELoss(reduction=reduction), mode
+    )
+
+    assert len(errors) == 2
+    assert errors["0.table"] < EXACT, errors

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from skfac.curvature.inverse import DenseInverse, LowRankInverse
-from skfac.curvature.layer import mean_eigenvalue, precondition_layer
+from skfac.curvature.layer import precondition_layer
 from tests.support.dense import (
     dense_inverse,
     dense_split,
-    factor,
     normal,
     relative_error,
 )
@@ -96,18 +95,6 @@ def test_with_tensors_is_the_same_preconditioner_in_other_tensors():
 
 
 @SIZES
-def test_mean_eigenvalue_is_the_mean_of_the_factors_eigenvalues(count, d_in, d_out):
-    for rows in snapshot(count, d_in, d_out):
-        eigenvalues = torch.linalg.eigvalsh(factor(rows))
-
-        assert mean_eigenvalue(rows) == pytest.approx(float(eigenvalues.mean()))
-
-
-def test_mean_eigenvalue_of_an_empty_matrix_is_zero():
-    assert mean_eigenvalue(torch.zeros(0, 3)) == 0.0
-
-
-@SIZES
 @DAMPING
 def test_pi_comes_from_the_traces_of_the_factors(count, d_in, d_out, damping):
     activations, derivatives = snapshot(count, d_in, d_out)
@@ -162,3 +149,61 @@ def test_rejects_damping_that_is_not_positive_and_finite(damping, split):
 def test_rejects_an_empty_snapshot():
     with pytest.raises(ValueError, match="at least one row"):
         precondition_layer(*snapshot(0, 7, 5), damping=0.1, split="pi")
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@SIZES
+@SPLIT
+def test_grouped_layers_are_preconditioned_as_one_block_diagonal(
+    count, d_in, d_out, groups, split
+):
+    activations = 3 * normal(groups, count, d_in)
+    activations[0] *= 2
+    derivatives = 0.1 * normal(groups, count, d_out, seed=1)
+    gradient = normal(groups, d_out, d_in, seed=2)
+    means = [float(x.square().sum()) / x.numel() for x in (activations, derivatives)]
+    pi = (means[0] / means[1]) ** 0.5 if split == "pi" else 1.0
+
+    layer = precondition_layer(activations, derivatives, damping=0.04, split=split)
+    applied = layer.apply(gradient)
+
+    for i in range(groups):
+        expected = (
+            dense_inverse(derivatives[i], 0.2 / pi)
+            @ gradient[i]
+            @ dense_inverse(activations[i], 0.2 * pi)
+        )
+        assert relative_error(applied[i], expected) < 1e-10
+    in_row_space = (
+        layer.derivatives.right(derivatives).mT
+        @ layer.activations.right(activations)
+        / count
+    )
+    assert relative_error(
+        in_row_space, layer.apply(derivatives.mT @ activations / count)
+    ) < (1e-10)
+
+
+@SIZES
+@pytest.mark.parametrize("parts", [2, 3])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_rows_of_several_workers_are_those_of_one(count, d_in, d_out, parts, grouped):
+    groups = (2,) if grouped else ()
+    count += 3
+    activations = normal(*groups, count, d_in)
+    derivatives = normal(*groups, count, d_out, seed=1)
+    gradient = normal(*groups, d_out, d_in, seed=2)
+    alone = precondition_layer(activations, derivatives, damping=0.01, split="pi")
+    # Unequal shards in any order: 1, 2, ... and what is left, the last one first.
+    sizes = [*range(1, parts), count - sum(range(1, parts))]
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(count))
+    shards = order.split(sizes)[::-1]
+
+    together = precondition_layer(
+        torch.cat([activations[..., shard, :] for shard in shards], -2),
+        torch.cat([derivatives[..., shard, :] for shard in shards], -2),
+        damping=0.01,
+        split="pi",
+    )
+
+    assert relative_error(together.apply(gradient), alone.apply(gradient)) < 1e-10

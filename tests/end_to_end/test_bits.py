@@ -1,7 +1,7 @@
 """S8: where the engine runs makes no difference to a single bit."""
 
-import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,13 +9,18 @@ from torch import Tensor
 
 from skfac.client import Preconditioner
 from skfac.curvature.geometry import LayerGeometry, geometry_of
-from skfac.curvature.layer import LayerPreconditioner, precondition_layer
+from skfac.curvature.history import LayerHistory
+from skfac.curvature.layer import LayerPreconditioner
+from skfac.curvature.positions import Positions
+from skfac.curvature.settings import CurvatureSettings, History
 from skfac.curvature.trust import kl_scale
 from tests.support.models import backward, flat_parameters, sgd, small_cnn
 from tests.support.servers import LONG_S, ServerProcess
 
 STEPS = 50
 DAMPING, KL_CLIP = 0.02, 0.01
+SETTINGS = CurvatureSettings(damping=DAMPING, decay=0.8, window=3, rank=40)
+REDUCED = Positions("reduce", None)
 
 
 def trained_with(step: Callable[[], None], model, optimizer) -> list[Tensor]:
@@ -31,7 +36,7 @@ def trained_with(step: Callable[[], None], model, optimizer) -> list[Tensor]:
 
 
 def through(
-    target: str, lag: int, update_every: int, on_late: str = "wait"
+    target: str, lag: int, update_every: int, on_late: str = "wait", **settings: Any
 ) -> list[Tensor]:
     model = small_cnn()
     optimizer = sgd(model)
@@ -45,6 +50,7 @@ def through(
         update_every=update_every,
         on_late=on_late,
         wait_s=LONG_S,
+        **settings,
     ) as preconditioner:
         return trained_with(preconditioner.step, model, optimizer)
 
@@ -52,10 +58,13 @@ def through(
 class Reference:
     """The same algorithm in one thread, straight from the formulas."""
 
-    def __init__(self, model, optimizer, lag: int, update_every: int) -> None:
+    def __init__(
+        self, model, optimizer, lag: int, update_every: int, history: History
+    ) -> None:
         self.layers = [m for m in model.modules() if geometry_of(m) is not None]
         self.optimizer, self.lag, self.update_every = optimizer, lag, update_every
         self.rows: dict[int, list[Tensor]] = {}
+        self.histories = [LayerHistory.empty(history) for _ in self.layers]
         self.versions: dict[int, list[LayerPreconditioner]] = {}
         self.number = 0
         for layer in self.layers:
@@ -68,22 +77,26 @@ class Reference:
         return geometry
 
     def remember(self, layer, inputs, output) -> None:
-        activations = self.geometry(layer).activation_rows(inputs[0].detach())
+        geometry = self.geometry(layer)
+        activations = geometry.activation_rows(inputs[0].detach(), REDUCED)
         self.rows[id(layer)] = [activations]
 
         def finish(gradient: Tensor) -> None:
-            rows = self.geometry(layer).derivative_rows(
-                gradient, scale=float(len(activations))
-            )
+            scale = float(len(activations))
+            rows = geometry.derivative_rows(gradient, REDUCED, scale=scale)
             self.rows[id(layer)].append(rows)
 
         output.register_hook(finish)
 
     def step(self) -> None:
         if self.number % self.update_every == 0:
+            self.histories = [
+                history.fold(*self.rows[id(layer)], SETTINGS)
+                for layer, history in zip(self.layers, self.histories, strict=True)
+            ]
             self.versions[self.number] = [
-                precondition_layer(*self.rows[id(m)], damping=DAMPING, split="pi")
-                for m in self.layers
+                history.precondition(SETTINGS, "pi", damping=DAMPING)
+                for history in self.histories
             ]
         due = [c for c in self.versions if c + self.lag <= self.number]
         lr = self.optimizer.param_groups[0]["lr"]
@@ -93,10 +106,11 @@ class Reference:
             newest = self.versions[max(due)]
             steps = [v.apply(g) for v, g in zip(newest, gradients, strict=True)]
         pairs = zip(steps, gradients, strict=True)
-        inner = [torch.sum(step * gradient) * lr**2 for step, gradient in pairs]
-        scale = kl_scale(functools.reduce(torch.add, inner), kl_clip=KL_CLIP)
+        inner = torch.stack([torch.sum(step * g).double() for step, g in pairs])
+        decrease = (inner * torch.full_like(inner, lr).square()).sum()
+        scale = kl_scale(decrease, kl_clip=KL_CLIP)
         for layer, step in zip(self.layers, steps, strict=True):
-            step = step * scale
+            step = step * scale.float()
             if layer.bias is not None:
                 layer.bias.grad.copy_(step[:, -1])
                 step = step[:, :-1]
@@ -117,15 +131,34 @@ def server():
         yield process
 
 
-@pytest.mark.parametrize(("lag", "update_every"), [(0, 1), (0, 3), (3, 1), (3, 5)])
-def test_every_target_takes_the_steps_of_the_reference(server, lag, update_every):
+@pytest.mark.parametrize(
+    ("lag", "update_every", "history"),
+    [
+        (0, 1, "snapshot"),
+        (0, 3, "snapshot"),
+        (3, 1, "snapshot"),
+        (3, 5, "snapshot"),
+        (1, 2, "window"),
+        (1, 2, "ema"),
+    ],
+)
+def test_every_target_takes_the_steps_of_the_reference(
+    server, lag, update_every, history
+):
     model = small_cnn()
     optimizer = sgd(model)
-    reference = Reference(model, optimizer, lag, update_every)
+    reference = Reference(model, optimizer, lag, update_every, history)
     expected = trained_with(reference.step, model, optimizer)
+    settings = {
+        "apply": "gradient",
+        "history": history,
+        "window": SETTINGS.window,
+        "decay": SETTINGS.decay,
+        "rank": SETTINGS.rank,
+    }
 
-    embedded = through("embedded", lag, update_every)
-    remote = through(server.address, lag, update_every)
+    embedded = through("embedded", lag, update_every, **settings)
+    remote = through(server.address, lag, update_every, **settings)
 
     for step in range(STEPS):
         assert torch.equal(embedded[step], expected[step]), f"embedded, step {step}"

@@ -3,9 +3,11 @@
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from skfac.curvature.settings import CurvatureSettings
 from skfac.service.assembler import Assembler, Assembly
 from skfac.wire.errors import SessionMismatchError
 from skfac.wire.session import SessionSpec
@@ -76,7 +78,7 @@ def test_every_version_completes_once_with_exactly_the_rows_sent(case, resend):
     assert len(set(keys(complete))) == len(complete)
     for assembly in complete:
         assert assembly.rows == expected[assembly.layer, assembly.step]
-        assert set(assembly.damping.values()) == {0.5}
+        assert set(assembly.settings.values()) == {CurvatureSettings(damping=0.5)}
     assert assembler.nbytes == 0
     assert assembler.deadline_s is None
 
@@ -89,13 +91,41 @@ def test_each_layer_is_complete_by_itself():
     assert keys(push(assembler, snapshot(PAIR, 3, 1, layers=[0]))) == [(0, 3)]
 
 
-def test_damping_is_kept_by_rank():
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_the_settings_of_the_lowest_rank_count(order):
     assembler = assembler_of(PAIR)
-    push(assembler, snapshot(PAIR, rank=1, damping=2.0))
+    sent = [snapshot(PAIR, rank=rank, damping=1.0 + rank) for rank in order]
+    push(assembler, sent[0])
 
-    (first, _) = push(assembler, snapshot(PAIR, rank=0, damping=1.0))
+    (first, _) = push(assembler, sent[1])
 
-    assert first.damping == {0: 1.0, 1: 2.0}
+    assert first.agreed == CurvatureSettings(damping=1.0)
+
+
+def test_without_rank_0_the_settings_of_rank_1_count():
+    assembler = assembler_of(PAIR)
+    push(assembler, snapshot(PAIR, rank=1, damping=2.0, decay=0.5))
+
+    (first, _) = assembler.expired(math.inf)
+
+    assert first.agreed == CurvatureSettings(damping=2.0, decay=0.5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"groups": 3}, {"diagonal": True}])
+def test_rows_are_stacked_in_the_order_of_the_ranks(changes):
+    spec = session_spec(layer_spec(**changes), world_size=3)
+    assembler = assembler_of(spec)
+    sent = [snapshot(spec, 1, rank, count=rank) for rank in range(3)]
+    for rank in (2, 0, 1):
+        complete = push(assembler, sent[rank])
+
+    activations, derivatives = complete[0].stacked()
+
+    rows = [one.layers[0] for one in sent]
+    assert torch.equal(activations, torch.cat([r.activations for r in rows], -2))
+    assert torch.equal(derivatives, torch.cat([r.derivatives for r in rows], -2))
+    assert complete[0].count == derivatives.shape[-2] == 3
+    assert complete[0].nbytes == activations.nbytes + derivatives.nbytes
 
 
 def test_rows_that_are_here_are_not_wanted_again():

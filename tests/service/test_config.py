@@ -59,6 +59,7 @@ def test_defaults():
         "max_layers": 4096,
         "max_snapshot_bytes": 4 * 1024**3,
         "max_session_bytes": 8 * 1024**3,
+        "max_history_bytes": 8 * 1024**3,
         "address": "127.0.0.1:50051",
         "metrics_address": "127.0.0.1:9464",
         "insecure_remote": False,

@@ -68,7 +68,7 @@ def test_work_is_counted(harness):
 
 def test_refusals_are_counted_by_status(harness):
     session_id = harness.open(PAIR)
-    bad = replace(snapshot(PAIR), damping=0.0)
+    bad = replace(snapshot(PAIR), rank=2)
 
     for _ in range(2):
         with pytest.raises(InvalidRequestError):
@@ -100,7 +100,7 @@ def test_retries_are_counted(harness):
     large = replace(
         rows, activations=rows.activations * 1e5, derivatives=rows.derivatives * 1e5
     )
-    sent = replace(snapshot(spec), damping=1e2, layers=(large,))
+    sent = replace(snapshot(spec, damping=1e2), layers=(large,))
 
     harness.solve(harness.open(spec), sent)
 
@@ -112,7 +112,7 @@ def test_retries_are_counted(harness):
 @pytest.mark.parametrize("how", ["closed", "lease"])
 def test_the_series_of_a_closed_session_stay_for_a_while(harness, how):
     session_id = harness.open(PAIR)
-    bad = replace(snapshot(PAIR), damping=0.0)
+    bad = replace(snapshot(PAIR), rank=2)
     with pytest.raises(InvalidRequestError):
         harness.engine.submit(session_id, bad)
     harness.solve(session_id, snapshot(PAIR, 1, 0), snapshot(PAIR, 1, 1))

@@ -3,6 +3,7 @@
 import itertools
 import threading
 import urllib.request
+from dataclasses import replace
 
 import grpc
 import pytest
@@ -13,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from skfac.curvature.inverse import invert_factor
 from skfac.curvature.layer import precondition_layer
+from skfac.curvature.settings import CurvatureSettings
 from skfac.v1 import preconditioning_pb2 as pb
 from skfac.wire.channel import SERVICE
 from skfac.wire.codec import encode_session
@@ -46,11 +48,10 @@ def assert_still_serves(client: RawClient, step: int = 100) -> None:
     assert [version.step for version in versions] == [step] * len(client.spec.layers)
 
 
-def with_rows(spec: SessionSpec, activations, derivatives, damping=0.1) -> Snapshot:
+def with_rows(spec: SessionSpec, activations, derivatives) -> Snapshot:
     good = snapshot_of(spec, 0)
-    return Snapshot(
-        0, 0, damping, (LayerRows(0, activations, derivatives), good.layers[1])
-    )
+    rows = LayerRows(0, activations, derivatives)
+    return replace(good, layers=(rows, good.layers[1]))
 
 
 def test_versions_are_what_the_mathematics_says(client):
@@ -97,8 +98,6 @@ REFUSED = {
         "activations of torch.float32 and derivatives of torch.float64",
     ),
     "NaN rows": ((NAN, torch.ones(1, 3)), "activations of layer 'fc0' at step 0"),
-    "damping 0": ((torch.randn(4, 6), torch.randn(4, 3), 0.0), "got 0.0"),
-    "damping NaN": ((torch.randn(4, 6), torch.randn(4, 3), float("nan")), "got nan"),
     "oversize": (
         (torch.randn(30_000, 6), torch.randn(30_000, 3)),
         "max_snapshot_bytes = 1000000",
@@ -124,15 +123,32 @@ def test_a_bad_snapshot_is_refused_by_name(client, other, case):
     assert_still_serves(other)
 
 
+@pytest.mark.parametrize("damping", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_bad_setting_is_refused_with_its_step(client, other, damping):
+    frame = pb.PushSnapshotsRequest.FromString(
+        client.frames(snapshot_of(client.spec, 7))[0]
+    )
+    frame.manifest.settings.damping = damping
+
+    (answer,) = client.push(frame.SerializeToString())
+
+    assert f"positive and finite, got {damping}" in answer.refusal.message
+    assert answer.refusal.code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+    assert answer.step == 7
+    assert_still_serves(client)
+    assert_still_serves(other)
+
+
 def test_an_unknown_dtype_is_refused(client, other):
     frame = pb.PushSnapshotsRequest.FromString(
-        client.frames(snapshot_of(client.spec, 0))[0]
+        client.frames(snapshot_of(client.spec, 3))[0]
     )
     frame.manifest.layers[0].activations.dtype = 99  # type: ignore[assignment]
 
     (answer,) = client.push(frame.SerializeToString())
 
     assert "Unknown dtype code 99" in answer.refusal.message
+    assert answer.step == 3
     assert_still_serves(client)
     assert_still_serves(other)
 
@@ -196,8 +212,8 @@ def test_a_payload_that_is_too_long_is_refused(client):
 
 
 def test_a_snapshot_has_one_answer_whatever_follows(client):
-    huge = with_rows(client.spec, torch.randn(7, 6), torch.randn(7, 3), damping=0.0)
-    (first,) = client.frames(huge)
+    bad = with_rows(client.spec, torch.randn(7, 6), torch.randn(8, 3))
+    (first,) = client.frames(bad)
     rest = client.frames(snapshot_of(client.spec, 0))[0][:-9]  # cannot be read
     payload = pb.PushSnapshotsRequest(payload=b"more", checksum=1).SerializeToString()
     good = client.frames(snapshot_of(client.spec, 1))
@@ -342,7 +358,8 @@ def test_an_empty_and_a_huge_tensor_pass():
     with serving() as server, RawClient(server.address, spec) as client:
         huge = LayerRows(0, torch.rand(2, columns), torch.rand(2, 1))
         empty = LayerRows(1, torch.empty(0, 5), torch.empty(0, 2))
-        (answer,) = client.push(*client.frames(Snapshot(0, 0, 1e6, (huge, empty))))
+        sent = Snapshot(0, 0, CurvatureSettings(damping=1e6), (huge, empty))
+        (answer,) = client.push(*client.frames(sent))
         outcomes = client.outcomes(2)
 
     assert not answer.HasField("refusal")

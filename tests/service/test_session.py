@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from skfac.curvature.settings import CurvatureSettings
 from skfac.wire.errors import (
     InvalidRequestError,
     LimitExceededError,
@@ -22,6 +23,7 @@ from tests.support.values import (
 )
 
 SPEC = session_spec(layer_spec("a"), layer_spec("b", 4, 3))
+SETTINGS = CurvatureSettings(damping=0.5)
 PAIR = replace(SPEC, world_size=2, job="pair")
 ROWS_BYTES = 4 * (3 + 2 + 4 + 3) * 4  # of a snapshot of SPEC
 
@@ -58,7 +60,7 @@ REFUSALS = {
 @pytest.mark.parametrize(("bad", "message"), REFUSALS.values(), ids=REFUSALS.keys())
 def test_bad_rows_are_refused_and_nothing_of_them_is_kept(opened, bad, message):
     harness, session_id = opened
-    sent = Snapshot(0, 1, 0.5, (layer_rows(SPEC), bad))
+    sent = Snapshot(0, 1, SETTINGS, (layer_rows(SPEC), bad))
 
     with pytest.raises(InvalidRequestError, match=message):
         harness.engine.submit(session_id, sent)
@@ -70,10 +72,10 @@ def test_bad_rows_are_refused_and_nothing_of_them_is_kept(opened, bad, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"damping": 0.0}, "damping of step 1 must be positive and finite, got 0"),
-        ({"damping": -1.0}, "got -1"),
-        ({"damping": math.nan}, "got nan"),
-        ({"damping": math.inf}, "got inf"),
+        (
+            {"settings": CurvatureSettings(damping=1.0, window=10_001)},
+            "window of step 1 is 10001; at most 10000",
+        ),
         ({"rank": 2}, "Rank 2 is outside the world of 2"),
         ({"rank": -1}, "Rank -1 is outside"),
     ],
@@ -93,7 +95,7 @@ def test_bad_declarations_are_refused(opened, change, message):
 
 def test_negative_layers_are_refused(opened):
     harness, session_id = opened
-    sent = Snapshot(0, 1, 0.5, (replace(GOOD, layer=-1),))
+    sent = Snapshot(0, 1, SETTINGS, (replace(GOOD, layer=-1),))
 
     with pytest.raises(InvalidRequestError, match="Layer index -1"):
         harness.engine.admit(session_id, sent.header)
@@ -101,7 +103,7 @@ def test_negative_layers_are_refused(opened):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.int32])
 def test_dtypes_that_cannot_be_sent_back_are_refused(opened, dtype):
-    sent = Snapshot(0, 1, 0.5, (layer_rows(SPEC, dtype=dtype),))
+    sent = Snapshot(0, 1, SETTINGS, (layer_rows(SPEC, dtype=dtype),))
 
     with pytest.raises(InvalidRequestError, match="dtype"):
         opened[0].engine.admit(opened[1], sent.header)

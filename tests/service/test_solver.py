@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from skfac.curvature.history import LayerHistory
 from skfac.curvature.layer import LayerPreconditioner, precondition_layer
-from skfac.service import solver as solver_module
+from skfac.curvature.settings import CurvatureSettings
 from skfac.service.scheduler import Task
 from skfac.service.solver import ATTEMPTS, DAMPING_GROWTH, Solver
 from skfac.wire.outcome import Loss, Version
@@ -15,6 +16,7 @@ from skfac.wire.session import SessionSpec
 from skfac.wire.snapshot import LayerRows, Snapshot
 from tests.support.values import (
     assembly_of,
+    assert_same_preconditioner,
     layer_spec,
     same_bits,
     session_spec,
@@ -28,7 +30,7 @@ SPLITS = pytest.mark.parametrize("split", ["pi", "equal"])
 def task_with(activations: Tensor, derivatives: Tensor, damping: float) -> Task:
     spec = session_spec(layer_spec("fc", activations.shape[1], derivatives.shape[1]))
     rows = LayerRows(0, activations, derivatives)
-    sent = Snapshot(0, 7, damping, (rows,))
+    sent = Snapshot(0, 7, CurvatureSettings(damping=damping), (rows,))
     return Task("job", spec, assembly_of([sent]), queued_s=0.0)
 
 
@@ -36,16 +38,6 @@ def version_of(task: Task, solver: Solver | None = None) -> Version:
     outcome = (solver or Solver("cpu")).solve(task).outcome
     assert isinstance(outcome, Version)
     return outcome
-
-
-def assert_same(actual: LayerPreconditioner, expected: LayerPreconditioner) -> None:
-    for mine, theirs in (
-        (actual.activations, expected.activations),
-        (actual.derivatives, expected.derivatives),
-    ):
-        assert type(mine) is type(theirs)
-        assert mine.damping == theirs.damping
-        assert same_bits(mine.tensor, theirs.tensor)
 
 
 def ranks_task(spec: SessionSpec, order: list[int], counts: list[int]) -> Task:
@@ -77,7 +69,7 @@ def test_the_bits_are_those_of_precondition_layer(count, split):
     expected = precondition_layer(
         rows.activations, rows.derivatives, damping=0.5, split=split
     )
-    assert_same(version.preconditioner, expected)
+    assert_same_preconditioner(version.preconditioner, expected)
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1], [1, 2, 0]])
@@ -95,7 +87,7 @@ def test_rows_are_stacked_in_the_order_of_the_ranks(order):
         damping=1.0,
         split="pi",
     )
-    assert_same(version.preconditioner, expected)
+    assert_same_preconditioner(version.preconditioner, expected)
 
 
 def test_without_rank_0_the_lowest_rank_says_the_damping():
@@ -160,16 +152,16 @@ def test_what_cannot_be_helped_is_a_loss_that_names_layer_and_step():
 
 
 def test_an_inverse_that_is_not_finite_is_tried_again(monkeypatch):
-    dampings, real = [], precondition_layer
+    dampings, real = [], LayerHistory.precondition
 
-    def broken(*rows, damping, split):
+    def broken(self, settings, split, *, damping):
         dampings.append(damping)
-        found = real(*rows, damping=damping, split=split)
+        found = real(self, settings, split, damping=damping)
         if len(dampings) == 1:
             found.derivatives.tensor[0, 0] = math.nan
         return found
 
-    monkeypatch.setattr(solver_module, "precondition_layer", broken)
+    monkeypatch.setattr(LayerHistory, "precondition", broken)
 
     solution = Solver("cpu").solve(task_of(session_spec()))
 
@@ -194,7 +186,9 @@ def test_the_result_does_not_depend_on_what_was_solved_before():
         solver.solve(task_of(spec, step, count=step + 1))
     solver.solve(task_with(torch.full((1, 3), 1e6), torch.ones(1, 2), 1e-6))
 
-    assert_same(version_of(task_of(spec, 4), solver).preconditioner, alone)
+    assert_same_preconditioner(
+        version_of(task_of(spec, 4), solver).preconditioner, alone
+    )
 
 
 def test_rows_are_not_modified():

@@ -18,6 +18,8 @@ from skfac.wire.frames import PayloadBuffer, decode_frame
 from skfac.wire.outcome import Outcome, Version
 from skfac.wire.session import SessionSpec
 from skfac.wire.snapshot import Snapshot
+from skfac.wire.state import SessionState
+from skfac.wire.state_codec import StateReceiver, encode_state
 from tests.support.values import layer_spec, session_spec, snapshot
 
 TIMEOUT_S = 30.0
@@ -33,9 +35,11 @@ def spec_of(job: str, *dims: tuple[int, int], **changes: Any) -> SessionSpec:
     return session_spec(*layers, job=job, **{"lag": 1, "on_late": "wait", **changes})
 
 
-def snapshot_of(spec: SessionSpec, step: int, *, rank: int = 0) -> Snapshot:
+def snapshot_of(
+    spec: SessionSpec, step: int, *, rank: int = 0, **settings: Any
+) -> Snapshot:
     """Random rows of all layers of a session."""
-    return snapshot(spec, step, rank, damping=DAMPING)
+    return snapshot(spec, step, rank, **{"damping": DAMPING, **settings})
 
 
 class RawClient:
@@ -92,9 +96,37 @@ class RawClient:
         stream.cancel()
         return received
 
-    def versions_of(self, step: int) -> list[Version]:
+    def export_state(self) -> SessionState:
+        """The session's histories, with every frame of them checked."""
+        call: grpc.UnaryStreamMultiCallable[pb.ExportStateRequest, bytes]
+        call = self.channel.unary_stream(
+            f"/{SERVICE}/ExportState", pb.ExportStateRequest.SerializeToString
+        )
+        request = pb.ExportStateRequest(session_id=self.grant.session_id)
+        receiver = StateReceiver(admit=lambda *_: None)
+        for frame in call(request, timeout=TIMEOUT_S):
+            receiver.receive(frame)
+        session_id, state = receiver.finish()
+        assert session_id == self.grant.session_id
+        return state
+
+    def import_state(self, state: SessionState) -> None:
+        """Send histories for this session."""
+        self.import_frames(*encode_state(self.grant.session_id, state))
+
+    def import_frames(self, *frames: bytes) -> None:
+        """Send any frames as histories."""
+        call: grpc.StreamUnaryMultiCallable[bytes, pb.ImportStateResponse]
+        call = self.channel.stream_unary(
+            f"/{SERVICE}/ImportState",
+            response_deserializer=pb.ImportStateResponse.FromString,
+        )
+        call(iter(frames), timeout=TIMEOUT_S)
+
+    def versions_of(self, step: int, **settings: Any) -> list[Version]:
         """Push a good snapshot and return the version of each layer."""
-        (answer,) = self.push(*self.frames(snapshot_of(self.spec, step)))
+        sent = snapshot_of(self.spec, step, **settings)
+        (answer,) = self.push(*self.frames(sent))
         assert not answer.HasField("refusal"), answer
         layers = range(len(self.spec.layers))
         held = dict.fromkeys(layers, step - 1) if step else {}

@@ -8,7 +8,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from skfac.curvature.layer import precondition_layer
+from skfac.curvature.history import LayerHistory
+from skfac.curvature.layer import LayerPreconditioner, precondition_layer
+from skfac.curvature.settings import CurvatureSettings
 from skfac.service.assembler import Assembly
 from skfac.service.config import EngineConfig
 from skfac.service.local_engine import LocalEngine
@@ -42,8 +44,10 @@ def same_bits(actual: Tensor, expected: Tensor) -> bool:
     return torch.equal(*both)
 
 
-def layer_spec(name: str = "fc", d_in: int = 3, d_out: int = 2) -> LayerSpec:
-    return LayerSpec(name, "linear", d_in, d_out, True)
+def layer_spec(
+    name: str = "fc", d_in: int = 3, d_out: int = 2, **changes: Any
+) -> LayerSpec:
+    return replace(LayerSpec(name, "linear", d_in, d_out, True), **changes)
 
 
 def session_spec(*layers: LayerSpec, **changes: Any) -> SessionSpec:
@@ -70,10 +74,12 @@ def layer_rows(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> LayerRows:
-    """Normal rows of one layer."""
-    dims = spec.layers[layer].d_in, spec.layers[layer].d_out
-    activations, derivatives = (normal(count, d, seed=seed).to(dtype) for d in dims)
-    return LayerRows(layer, activations, derivatives)
+    """Normal rows of one layer; a diagonal one has more activations than rows."""
+    declared = spec.layers[layer]
+    activations = count + 3 if declared.diagonal else count
+    shapes = (activations, declared.d_in), (count, declared.d_out)
+    rows = (normal(*declared.block_shape, *s, seed=seed).to(dtype) for s in shapes)
+    return LayerRows(layer, *rows)
 
 
 def snapshot(
@@ -84,12 +90,17 @@ def snapshot(
     layers: Sequence[int] | None = None,
     count: int = 4,
     damping: float = 0.5,
+    **settings: Any,
 ) -> Snapshot:
-    """Normal rows of `layers`, by default all, that differ by rank and step."""
+    """Normal rows of `layers`, by default all, that differ by rank and step.
+
+    The settings' `rank` is called `rank_cap` here.
+    """
+    settings["rank"] = settings.pop("rank_cap", None)
     indices = range(len(spec.layers)) if layers is None else layers
     seed = 1000 * rank + step
     rows = tuple(layer_rows(spec, i, count=count, seed=seed) for i in indices)
-    return Snapshot(rank, step, damping, rows)
+    return Snapshot(rank, step, CurvatureSettings(damping=damping, **settings), rows)
 
 
 def assembly_of(snapshots: Sequence[Snapshot], layer: int = 0) -> Assembly:
@@ -98,15 +109,21 @@ def assembly_of(snapshots: Sequence[Snapshot], layer: int = 0) -> Assembly:
     for taken in snapshots:
         rows = next(rows for rows in taken.layers if rows.layer == layer)
         assembly.rows[taken.rank] = rows
-        assembly.damping[taken.rank] = taken.damping
+        assembly.settings[taken.rank] = taken.settings
     return assembly
 
 
 def task_of(
-    spec: SessionSpec, step: int = 0, layer: int = 0, *, count: int = 4, owner: str = ""
+    spec: SessionSpec,
+    step: int = 0,
+    layer: int = 0,
+    *,
+    count: int = 4,
+    owner: str = "",
+    **settings: Any,
 ) -> Task:
     """A complete assembly of rank 0's rows, by default of the session "job"."""
-    assembly = assembly_of([snapshot(spec, step, count=count)], layer)
+    assembly = assembly_of([snapshot(spec, step, count=count, **settings)], layer)
     return Task(owner or spec.job, spec, assembly, queued_s=0.0)
 
 
@@ -116,7 +133,7 @@ def version(step: int = 0, layer: int = 0, *, count: int = 4) -> Version:
     found = precondition_layer(
         rows.activations, rows.derivatives, damping=0.5, split="pi"
     )
-    return Version(layer, step, found, count, 1)
+    return Version(layer, step, found, count, 1, 1)
 
 
 def loss(step: int = 0, layer: int = 0, *, reason: LossReason = "failed") -> Loss:
@@ -174,3 +191,45 @@ class Harness:
 def keys(parts: Sequence[Outcome | Assembly]) -> list[tuple[int, int]]:
     """Layer and step of each."""
     return [(part.layer, part.step) for part in parts]
+
+
+def folded(
+    spec: SessionSpec, sent: Sequence[Snapshot], layer: int = 0
+) -> tuple[LayerHistory, LayerPreconditioner]:
+    """What a layer's history and newest version must be, the obvious way.
+
+    One snapshot is one update; those without rows are none.
+    """
+    history = LayerHistory.empty(spec.history, diagonal=spec.layers[layer].diagonal)
+    for one in sent:
+        rows = next(rows for rows in one.layers if rows.layer == layer)
+        if rows.count:
+            history = history.fold(rows.activations, rows.derivatives, one.settings)
+            settings = one.settings
+    found = history.precondition(settings, spec.damping_split, damping=settings.damping)
+    return history, found
+
+
+def assert_same_preconditioner(
+    actual: LayerPreconditioner, expected: LayerPreconditioner
+) -> None:
+    """The same forms, damping and bits on both sides."""
+    for mine, theirs in (
+        (actual.activations, expected.activations),
+        (actual.derivatives, expected.derivatives),
+    ):
+        assert type(mine) is type(theirs)
+        assert mine.damping == theirs.damping
+        assert same_bits(mine.tensor, theirs.tensor)
+
+
+def assert_same_history(actual: LayerHistory, expected: LayerHistory) -> None:
+    """The same numbers and the same bits of every moment."""
+    for field in ("history", "diagonal", "updates", "dtype"):
+        assert getattr(actual, field) == getattr(expected, field)
+    for side in ("activations", "derivatives"):
+        pairs = zip(getattr(actual, side), getattr(expected, side), strict=True)
+        for mine, theirs in pairs:
+            assert (mine.form, mine.weight) == (theirs.form, theirs.weight)
+            assert mine.dropped == theirs.dropped
+            assert same_bits(mine.tensor, theirs.tensor)

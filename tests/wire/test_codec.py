@@ -9,17 +9,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from skfac.curvature.history import LayerHistory
+from skfac.curvature.inverse import DiagonalInverse
 from skfac.curvature.layer import precondition_layer
+from skfac.curvature.settings import CurvatureSettings
 from skfac.v1 import preconditioning_pb2 as pb
 from skfac.wire.codec import (
     build_outcomes,
     build_snapshot,
     decode_outcomes_manifest,
     decode_session,
-    decode_snapshot_manifest,
+    decode_snapshot_header,
     encode_outcomes,
     encode_session,
     encode_snapshot,
+    parse_snapshot_manifest,
 )
 from skfac.wire.errors import InvalidRequestError
 from skfac.wire.frames import MAX_FRAME_BYTES, PayloadBuffer, decode_frame
@@ -40,7 +44,25 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=9)
 UINT32, UINT64 = st.integers(1, 2**32 - 1), st.integers(1, 2**64 - 1)
 KINDS = st.sampled_from(["linear", "conv2d"])
 EXTENT = st.integers(1, MAX_EXTENT)
-LAYER = st.builds(LayerSpec, TEXT, KINDS, EXTENT, EXTENT, st.booleans())
+GROUPED = st.builds(
+    LayerSpec,
+    *(TEXT, KINDS, st.integers(1, 2**20), st.integers(1, 2**20), st.booleans()),
+    groups=st.integers(1, 2**20),
+)
+LAYER = GROUPED | st.builds(
+    LayerSpec,
+    *(TEXT, KINDS, EXTENT, EXTENT, st.booleans()),
+    diagonal=st.booleans(),
+)
+UNIT = st.floats(0, 1, exclude_min=True)
+SETTINGS = st.builds(
+    CurvatureSettings,
+    damping=st.floats(0, exclude_min=True, allow_infinity=False),
+    decay=st.floats(0, 1, exclude_max=True),
+    window=UINT64,
+    rank=st.none() | UINT64,
+    energy=UNIT,
+)
 SESSIONS = st.builds(
     lambda layers, **changes: session_spec(*layers, **changes),
     st.lists(LAYER, min_size=1, max_size=4, unique_by=lambda layer: layer.name),
@@ -48,6 +70,7 @@ SESSIONS = st.builds(
     instance=TEXT,
     world_size=UINT32,
     damping_split=st.sampled_from(["pi", "equal"]),
+    history=st.sampled_from(["snapshot", "window", "ema"]),
     update_every=UINT32,
     lag=st.integers(0, MAX_IN_FLIGHT - 1),
     on_late=st.sampled_from(["keep", "wait", "raise"]),
@@ -68,10 +91,11 @@ def sent_snapshot(sent: Snapshot) -> tuple[str, Snapshot]:
     frames = list(encode_snapshot("id", sent))
     manifest = decode_frame(frames[0]).manifest
     assert manifest is not None
-    session_id, header = decode_snapshot_manifest(manifest)
+    message = parse_snapshot_manifest(manifest)
+    header = decode_snapshot_header(message)
     assert header == sent.header
     tensors = payload_of(frames, header.tensors).tensors()
-    return session_id, build_snapshot(header, tensors)
+    return message.session_id, build_snapshot(header, tensors)
 
 
 def sent_outcomes(outcomes: Sequence[Outcome]) -> list[Outcome]:
@@ -87,7 +111,7 @@ def assert_same(actual: Outcome, expected: Outcome) -> None:
         assert actual == expected
         return
     assert isinstance(actual, Version)
-    for field in ("layer", "step", "rows", "ranks"):
+    for field in ("layer", "step", "rows", "ranks", "updates"):
         assert getattr(actual, field) == getattr(expected, field)
     for side in ("activations", "derivatives"):
         mine = getattr(actual.preconditioner, side)
@@ -127,15 +151,15 @@ def test_sessions_are_checked_when_they_arrive():
     dtypes=st.lists(st.sampled_from([torch.float32, torch.float64]), min_size=4),
     rank=st.integers(0, 2**32 - 1),
     step=st.integers(0, 2**64 - 1),
-    damping=st.floats(),
+    settings=SETTINGS,
 )
-def test_snapshots_arrive_bit_by_bit(counts, dtypes, rank, step, damping):
+def test_snapshots_arrive_bit_by_bit(counts, dtypes, rank, step, settings):
     spec = session_spec(*(layer_spec(f"fc{i}", i + 1, 4 - i) for i in range(4)))
     rows = tuple(
         layer_rows(spec, i, count=count, dtype=dtypes[i], seed=i)
         for i, count in reversed(list(enumerate(counts)))
     )
-    sent = Snapshot(rank, step, damping if damping == damping else 1.0, rows)
+    sent = Snapshot(rank, step, settings, rows)
 
     session_id, received = sent_snapshot(sent)
 
@@ -151,25 +175,25 @@ def test_snapshots_of_unknown_dtypes_are_refused(code, side):
     known = pb.TensorHeader(dtype=pb.DTYPE_FLOAT32, shape=[1, 1])
     rows = pb.LayerRows(activations=known, derivatives=known)
     getattr(rows, side).dtype = code
-    manifest = pb.SnapshotManifest(layers=[rows]).SerializeToString()
 
     with pytest.raises(InvalidRequestError, match=f"Unknown dtype code {code}; float"):
-        decode_snapshot_manifest(memoryview(manifest))
+        decode_snapshot_header(pb.SnapshotManifest(layers=[rows]))
 
 
 @pytest.mark.parametrize("data", BROKEN)
 def test_malformed_manifests_are_refused_by_name(data):
     with pytest.raises(InvalidRequestError, match="A SnapshotManifest is malformed"):
-        decode_snapshot_manifest(memoryview(data))
+        parse_snapshot_manifest(memoryview(data))
     with pytest.raises(InvalidRequestError, match="A OutcomesManifest is malformed"):
         decode_outcomes_manifest(memoryview(data + b"\xff"))
 
 
 @given(data=st.binary(max_size=40))
 def test_arbitrary_manifests_are_read_or_refused(data):
-    for decode in (decode_snapshot_manifest, decode_outcomes_manifest):
-        with suppress(InvalidRequestError):
-            decode(memoryview(data))
+    with suppress(InvalidRequestError):
+        decode_snapshot_header(parse_snapshot_manifest(memoryview(data)))
+    with suppress(InvalidRequestError):
+        decode_outcomes_manifest(memoryview(data))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int32])
@@ -177,7 +201,7 @@ def test_tensors_of_other_dtypes_cannot_be_sent(dtype):
     rows = LayerRows(0, torch.zeros(1, 3, dtype=dtype), torch.zeros(1, 2))
 
     with pytest.raises(InvalidRequestError, match=f"Cannot send tensors of {dtype}"):
-        encode_snapshot("id", Snapshot(0, 0, 1.0, (rows,)))
+        encode_snapshot("id", Snapshot(0, 0, CurvatureSettings(damping=1.0), (rows,)))
 
 
 @given(
@@ -207,10 +231,56 @@ def test_a_preconditioner_gives_the_same_bits_on_the_other_end(count, dtype):
     here = precondition_layer(*rows, damping=1e-3, split="pi")
     gradient = normal(17, 30, seed=2).to(dtype)
 
-    (there,) = sent_outcomes([Version(0, 0, here, count, 1)])
+    (there,) = sent_outcomes([Version(0, 0, here, count, 1, 1)])
 
     assert isinstance(there, Version)
     assert same_bits(there.preconditioner.apply(gradient), here.apply(gradient))
+
+
+@pytest.mark.parametrize("history", ["snapshot", "window", "ema"])
+def test_grouped_and_diagonal_preconditioners_give_the_same_bits(history):
+    settings = CurvatureSettings(damping=1e-3)
+    grouped = LayerHistory.empty(history)
+    diagonal = LayerHistory.empty(history, diagonal=True)
+    for seed in range(3):
+        rows = normal(3, 4, 9, seed=seed), normal(3, 4, 5, seed=9 + seed)
+        grouped = grouped.fold(*rows, settings)
+        rows = normal(7, 9, seed=seed), normal(4, 5, seed=9 + seed)
+        diagonal = diagonal.fold(*rows, settings)
+    sent = [
+        Version(i, 3, h.precondition(settings, "pi", damping=1e-3), 4, 1, h.updates)
+        for i, h in enumerate((grouped, diagonal))
+    ]
+
+    received = sent_outcomes(sent)
+
+    for actual, expected in zip(received, sent, strict=True):
+        assert_same(actual, expected)
+    assert isinstance(received[1], Version)
+    assert isinstance(received[1].preconditioner.activations, DiagonalInverse)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("damping", 0.0, "damping must be positive and finite, got 0.0"),
+        ("damping", float("nan"), "got nan"),
+        ("decay", 1.0, "decay must be from 0 to below 1, got 1.0"),
+        ("window", 0, "window must be at least 1, got 0"),
+        ("energy", 0.0, "energy must be above 0 and at most 1: 0.0"),
+    ],
+)
+def test_settings_out_of_range_are_refused_with_their_step(field, value, message):
+    good = {"damping": 1.0, "decay": 0.5, "window": 1, "rank": 0, "energy": 1.0}
+    settings = pb.CurvatureSettings(**{**good, field: value})
+
+    with pytest.raises(InvalidRequestError, match=f"settings of step 7 .*{message}"):
+        decode_snapshot_header(pb.SnapshotManifest(step=7, settings=settings))
+
+
+def test_settings_that_are_missing_are_refused():
+    with pytest.raises(InvalidRequestError, match="settings of step 7 are wrong"):
+        decode_snapshot_header(pb.SnapshotManifest(step=7))
 
 
 def manifest_of(outcome: Outcome) -> pb.OutcomesManifest:

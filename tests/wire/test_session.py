@@ -14,6 +14,7 @@ OTHER_VALUES: dict[str, Any] = {
     "instance": "run 2",
     "world_size": 2,
     "damping_split": "equal",
+    "history": "ema",
     "update_every": 2,
     "lag": 1,
     "on_late": "wait",
@@ -44,6 +45,27 @@ def test_wrong_sessions_are_refused(changes, message):
 def test_layers_without_a_weight_are_refused(d_in, d_out):
     with pytest.raises(InvalidRequestError, match=f"'fc' declares a {d_out} × {d_in}"):
         layer_spec("fc", d_in, d_out)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"groups": 0}, "'fc' declares 0 groups of a 2 × 3 weight"),
+        ({"groups": -1}, "'fc' declares -1 groups"),
+        ({"groups": 2**39}, f"'fc' declares {2**39} groups .* extents up to {2**40}"),
+        ({"groups": 2**39, "d_in": 1, "d_out": 3}, "extents up to"),
+        ({"groups": 2, "diagonal": True}, "a diagonal layer has one group"),
+    ],
+)
+def test_layers_with_wrong_groups_are_refused(changes, message):
+    with pytest.raises(InvalidRequestError, match=message):
+        layer_spec(**{"d_in": 3, "d_out": 2, **changes})
+
+
+def test_the_most_groups_are_accepted():
+    layer_spec("fc", 1, 2, groups=2**39)
+    layer_spec("fc", 1, 1, groups=2**40)
+    layer_spec("fc", 9, 2, diagonal=True)
 
 
 def test_layers_without_a_name_are_refused():
@@ -84,7 +106,7 @@ def test_equal_sessions_have_no_difference():
 
 
 def test_every_field_with_a_choice_has_another_value_here():
-    free = {field.name for field in fields(SessionSpec)} - {"layers", "history"}
+    free = {field.name for field in fields(SessionSpec)} - {"layers"}
 
     assert set(OTHER_VALUES) == free
 
@@ -101,7 +123,15 @@ def test_the_field_that_differs_is_named(name):
 
 @pytest.mark.parametrize(
     "change",
-    [{"name": "c"}, {"kind": "conv2d"}, {"d_in": 9}, {"d_out": 9}, {"bias": False}],
+    [
+        {"name": "c"},
+        {"kind": "conv2d"},
+        {"d_in": 9},
+        {"d_out": 9},
+        {"bias": False},
+        {"groups": 2},
+        {"diagonal": True},
+    ],
 )
 def test_the_layer_that_differs_is_named(change):
     first, second = layer_spec("a"), layer_spec("b")

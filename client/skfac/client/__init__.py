@@ -1,5 +1,6 @@
 """The trainer's side: `Preconditioner` and what it can raise, warn and take."""
 
+from skfac.client.adaptive import LevenbergMarquardt
 from skfac.client.config import PreconditionerConfig
 from skfac.client.layers import PassThroughWarning
 from skfac.client.preconditioner import Preconditioner
@@ -13,6 +14,7 @@ from skfac.wire.errors import (
 __all__ = [
     "ConfigurationError",
     "LateVersionError",
+    "LevenbergMarquardt",
     "PassThroughWarning",
     "Preconditioner",
     "PreconditionerConfig",

@@ -1,14 +1,27 @@
 """Collects the rows of every layer during a training step's forward and backward."""
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from skfac.client.config import WIRE_DTYPES, PreconditionerConfig
+from skfac.client.hooks import HookedLayers
 from skfac.client.layers import TrackedLayer
+from skfac.curvature.geometry import LayerGeometry
+from skfac.curvature.positions import Positions, draw_positions
+from skfac.curvature.settings import CurvatureSettings
 from skfac.wire.snapshot import LayerRows, Snapshot
 from skfac.wire.staging import HostCopy, Staging
+
+logger = logging.getLogger(__name__)
+
+_CALLS_PER_SEED = 1000  # forwards of one layer in one step, far beyond any model
 
 
 @dataclass(eq=False)
@@ -26,12 +39,12 @@ class PendingSnapshot:
     Attributes:
         rank: Who captured it.
         step: Step of the backward.
-        damping: λ at this step.
+        settings: How it is to be weighed and damped.
     """
 
     rank: int
     step: int
-    damping: float
+    settings: CurvatureSettings
     _copies: tuple[HostCopy, ...]
 
     def wait(self) -> Snapshot:
@@ -42,90 +55,170 @@ class PendingSnapshot:
         """
         pairs = (copy.wait() for copy in self._copies)
         rows = (LayerRows(index, a, d) for index, (a, d) in enumerate(pairs))
-        return Snapshot(self.rank, self.step, self.damping, tuple(rows))
+        return Snapshot(self.rank, self.step, self.settings, tuple(rows))
+
+
+class _Tap(torch.autograd.Function):
+    """The output of a layer, with somebody listening to its derivatives.
+
+    A hook on the output itself would be lost when a model changes it in place and it
+    is a view, as that of a linear layer on sequences is.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        output: Tensor,
+        original: Tensor,
+        listen: Callable[[Tensor], None],
+    ) -> Tensor:
+        ctx.mark_dirty(output)  # then it is no view, and may be changed in place
+        ctx.listen = listen
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *derivatives: Any) -> Any:  # noqa: ANN401
+        ctx.listen(derivatives[0])
+        return None, derivatives[0], None
 
 
 class Capture:
-    """Hooks that collect rows while `armed`, and cost next to nothing otherwise.
+    """Hooks that collect rows while a step is armed, and do nothing otherwise.
 
-    Only forwards that train count: in training mode, with gradients enabled. The rows
-    are reduced right away, so that nothing a model does in place later changes them.
+    The rows are reduced right away, so that nothing a model does in place later changes
+    them. Rows of a backward whose gradients were thrown away (`zero_grad` without a
+    step) are thrown away too, at the layer's next forward.
     """
 
-    def __init__(self, layers: Sequence[TrackedLayer], dtype: torch.dtype) -> None:
-        self.armed = True
+    def __init__(
+        self, layers: Sequence[TrackedLayer], config: PreconditionerConfig, rank: int
+    ) -> None:
         self._layers = layers
-        self._dtype = dtype
+        self._config = config
+        self._rank = rank
+        self._dtype = WIRE_DTYPES[config.wire_dtype]
+        self._step: int | None = None
+        self._sampling = False
         self._calls: list[list[_Call]] = [[] for _ in layers]
         self._staging: dict[torch.device, Staging] = {}
-        self._hooks = [
-            layer.module.register_forward_hook(self._hook(index), with_kwargs=True)
-            for index, layer in enumerate(layers)
-        ]
+        self._said: set[str] = set()
+        bodies = [partial(self._record, index) for index in range(len(layers))]
+        self._hooks = HookedLayers(layers, bodies)
 
-    def take(self, rank: int, step: int, damping: float) -> PendingSnapshot:
+    def arm(self, step: int | None) -> None:
+        """Collect the rows of this step from now on; None collects none."""
+        self._step = step
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Take derivatives of the backward inside, where only those count.
+
+        Yields:
+            Nothing.
+        """
+        self._sampling = True
+        try:
+            yield
+        finally:
+            self._sampling = False
+
+    def take(self, step: int) -> PendingSnapshot:
         """Close the snapshot of a step whose backward has run.
 
         Returns:
             The rows of all layers; a layer that got no data has none.
+
+        Raises:
+            ConfigurationError: If a schedule gives a value out of range.
         """
+        settings = self._config.curvature_at(step)
         copies = []
         for layer, calls in zip(self._layers, self._calls, strict=True):
-            done = [(c.activations, c.derivatives) for c in calls]
-            pairs = [(a, d) for a, d in done if d is not None]
-            rows = self._joined(layer, pairs)
+            rows = self._joined(layer, calls)
             # By the rows' device: a model may be moved after it was wrapped.
             device = rows[0].device
             if device not in self._staging:
                 self._staging[device] = Staging(device)
             copies.append(self._staging[device].to_host(rows))
             calls.clear()
-        return PendingSnapshot(rank, step, damping, tuple(copies))
+        return PendingSnapshot(self._rank, step, settings, tuple(copies))
 
     def close(self) -> None:
         """Remove the hooks; idempotent."""
-        for hook in self._hooks:
-            hook.remove()
+        self._hooks.remove()
 
-    def _joined(
-        self, layer: TrackedLayer, pairs: list[tuple[Tensor, Tensor]]
-    ) -> list[Tensor]:
+    def _joined(self, layer: TrackedLayer, calls: list[_Call]) -> list[Tensor]:
+        done = [(c.activations, c.derivatives) for c in calls]
+        pairs = [(a, d) for a, d in done if d is not None]
         if not pairs:
-            empty = torch.empty(0, dtype=self._dtype, device=layer.module.weight.device)
-            dims = layer.geometry.d_in, layer.geometry.d_out
-            return [empty.reshape(0, dim) for dim in dims]
+            geometry, device = layer.geometry, layer.weight.device
+            groups = () if geometry.groups == 1 else (geometry.groups,)
+            return [
+                torch.empty(*groups, 0, dim, dtype=self._dtype, device=device)
+                for dim in (geometry.d_in, geometry.d_out)
+            ]
         if len(pairs) == 1:
             return list(pairs[0])
-        return [torch.cat(side) for side in zip(*pairs, strict=True)]
+        return [torch.cat(side, dim=-2) for side in zip(*pairs, strict=True)]
 
-    def _hook(
-        self, index: int
-    ) -> Callable[
-        [nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], Tensor | None
-    ]:
-        geometry = self._layers[index].geometry
-        calls = self._calls[index]
+    def _record(self, index: int, inputs: Tensor, output: Tensor) -> Tensor | None:
+        if self._step is None:
+            return None
+        layer, calls = self._layers[index], self._calls[index]
+        if layer.weight.grad is None:
+            calls[:] = [call for call in calls if call.derivatives is None]
+        geometry = layer.geometry
+        batch, count = geometry.extents(output)
+        seed = (self._step * len(self._layers) + index) * _CALLS_PER_SEED + len(calls)
+        keep = int(self._config.at("positions", self._step))
+        positions = draw_positions(
+            self._config.reduction, count, keep=keep, seed=seed + (self._rank << 48)
+        )
+        try:
+            rows = self._activation_rows(geometry, inputs.detach(), positions)
+        except ValueError as error:  # a call that the geometry does not describe
+            self._say_unsupported(layer.name, error)
+            return None
+        call = _Call(rows)
+        calls.append(call)
+        scale = self._derivative_scale(batch, output.device)
 
-        def hook(
-            module: nn.Module,
-            positional: tuple[Tensor, ...],
-            named: dict[str, Tensor],
-            output: Tensor,
-        ) -> None:
-            if not (self.armed and module.training and output.requires_grad):
+        @torch.no_grad()
+        def keep(derivatives: Tensor) -> None:
+            if self._sampling != (self._config.fisher == "monte_carlo"):
                 return
-            inputs = positional[0] if positional else named["input"]
-            with torch.no_grad():
-                rows = geometry.activation_rows(inputs.detach().to(self._dtype))
-            call = _Call(rows)
-            calls.append(call)
-
-            def keep(derivatives: Tensor) -> None:
-                # Autograd's derivatives are of the mean over this forward's batch.
-                call.derivatives = geometry.derivative_rows(
-                    derivatives.detach().to(self._dtype), scale=float(len(rows))
+            with torch.autocast(derivatives.device.type, enabled=False):
+                found = geometry.derivative_rows(
+                    derivatives.detach().to(self._dtype), positions, scale=scale
                 )
+            known = call.derivatives
+            call.derivatives = found if known is None else known + found
 
-            output.register_hook(keep)  # type: ignore[no-untyped-call]
+        tapped: Tensor = _Tap.apply(output.detach(), output, keep)
+        return tapped
 
-        return hook
+    @torch.no_grad()
+    def _activation_rows(
+        self, geometry: LayerGeometry, inputs: Tensor, positions: Positions
+    ) -> Tensor:
+        if inputs.is_floating_point():  # tokens are not
+            inputs = inputs.to(self._dtype)
+        return geometry.activation_rows(inputs, positions).to(self._dtype)
+
+    def _say_unsupported(self, name: str, error: ValueError) -> None:
+        # Its rows are missing then: the layer keeps the version that it has.
+        level = logging.DEBUG if name in self._said else logging.WARNING
+        self._said.add(name)
+        logger.log(level, "Layer %r gives no rows: %s", name, error)
+
+    def _derivative_scale(self, batch: int, device: torch.device) -> float | Tensor:
+        # Autograd's derivatives are of the mean over this forward's batch, divided by
+        # the micro-batches of a step and multiplied by the loss scale.
+        scale = float(batch) if self._config.loss_reduction == "mean" else 1.0
+        if self._config.loss_reduction == "mean":
+            scale *= self._config.accumulation_steps
+        scaler = self._config.grad_scaler
+        if scaler is None or not scaler.is_enabled():
+            return scale
+        # A tensor on the device: reading the number would stop the trainer.
+        return scale / scaler.scale(torch.ones((), device=device))

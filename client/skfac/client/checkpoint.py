@@ -1,27 +1,40 @@
-"""A store's versions as plain data that `torch.save` and safetensors can hold."""
+"""Versions and histories as plain data that `torch.save` and safetensors can hold."""
 
 from typing import Any
 
+from skfac.client.config import WIRE_DTYPES
 from skfac.client.store import StoreState
-from skfac.curvature.inverse import DenseInverse, FactorInverse, LowRankInverse
+from skfac.curvature.factor import Moment
+from skfac.curvature.history import LayerHistory
+from skfac.curvature.inverse import (
+    DenseInverse,
+    DiagonalInverse,
+    FactorInverse,
+    LowRankInverse,
+)
 from skfac.curvature.layer import LayerPreconditioner
 from skfac.wire.errors import ConfigurationError
 from skfac.wire.outcome import Loss, Outcome, Version
+from skfac.wire.state import LayerState, SessionState
 
-_FORMAT = 1
-_FORMS: dict[str, type[LowRankInverse] | type[DenseInverse]] = {
+_FORMAT = 2
+_FORMS: dict[str, type[LowRankInverse] | type[DenseInverse] | type[DiagonalInverse]] = {
     "low_rank": LowRankInverse,
     "dense": DenseInverse,
+    "diagonal": DiagonalInverse,
 }
 
 
-def to_state_dict(step: int, names: list[str], state: StoreState) -> dict[str, Any]:
+def to_state_dict(
+    step: int, names: list[str], state: StoreState, history: SessionState | None
+) -> dict[str, Any]:
     """Write a store's versions as nested dicts of numbers, strings and tensors.
 
     Args:
         step: The trainer's next step.
         names: Layer names in the order of the store.
         state: The versions.
+        history: What the server keeps of earlier updates, if anything.
 
     Returns:
         The state.
@@ -32,10 +45,16 @@ def to_state_dict(step: int, names: list[str], state: StoreState) -> dict[str, A
         "layers": names,
         "in_use": [_encode(version) for version in state.in_use],
         "expected": {c: list(map(_encode, row)) for c, row in state.expected.items()},
+        "history": [
+            {"layer": s.layer, "step": s.step} | _encode_history(s.history)
+            for s in (history.layers if history else ())
+        ],
     }
 
 
-def from_state_dict(state: dict[str, Any], names: list[str]) -> tuple[int, StoreState]:
+def from_state_dict(
+    state: dict[str, Any], names: list[str]
+) -> tuple[int, StoreState, SessionState | None]:
     """Read what `to_state_dict` wrote.
 
     Args:
@@ -43,7 +62,7 @@ def from_state_dict(state: dict[str, Any], names: list[str]) -> tuple[int, Store
         names: Layer names of the model that goes on.
 
     Returns:
-        The trainer's next step, and the versions.
+        The trainer's next step, the versions, and the server's history, if any.
 
     Raises:
         ConfigurationError: If the state is of another format or another model.
@@ -62,7 +81,12 @@ def from_state_dict(state: dict[str, Any], names: list[str]) -> tuple[int, Store
         for step, row in state["expected"].items()
     }
     versions = [v if isinstance(v, Version) else None for v in in_use]
-    return state["step"], StoreState(versions, expected)
+    layers = tuple(
+        LayerState(entry["layer"], entry["step"], _decode_history(entry))
+        for entry in state["history"]
+    )
+    history = SessionState(layers) if layers else None
+    return state["step"], StoreState(versions, expected), history
 
 
 def _encode(outcome: Outcome | None) -> dict[str, Any] | None:
@@ -75,6 +99,7 @@ def _encode(outcome: Outcome | None) -> dict[str, Any] | None:
         "step": outcome.step,
         "rows": outcome.rows,
         "ranks": outcome.ranks,
+        "updates": outcome.updates,
         "activations": _encode_inverse(outcome.preconditioner.activations),
         "derivatives": _encode_inverse(outcome.preconditioner.derivatives),
     }
@@ -89,7 +114,8 @@ def _decode(layer: int, entry: dict[str, Any] | None) -> Outcome | None:
         activations=_decode_inverse(entry["activations"]),
         derivatives=_decode_inverse(entry["derivatives"]),
     )
-    return Version(layer, entry["step"], preconditioner, entry["rows"], entry["ranks"])
+    counts = entry["rows"], entry["ranks"], entry["updates"]
+    return Version(layer, entry["step"], preconditioner, *counts)
 
 
 def _encode_inverse(inverse: FactorInverse) -> dict[str, Any]:
@@ -99,3 +125,25 @@ def _encode_inverse(inverse: FactorInverse) -> dict[str, Any]:
 
 def _decode_inverse(entry: dict[str, Any]) -> FactorInverse:
     return _FORMS[entry["form"]](entry["tensor"], entry["damping"])
+
+
+def _encode_history(history: LayerHistory) -> dict[str, Any]:
+    return {
+        "history": history.history,
+        "diagonal": history.diagonal,
+        "updates": history.updates,
+        "dtype": str(history.dtype).removeprefix("torch."),
+        "activations": [vars(moment) for moment in history.activations],
+        "derivatives": [vars(moment) for moment in history.derivatives],
+    }
+
+
+def _decode_history(entry: dict[str, Any]) -> LayerHistory:
+    return LayerHistory(
+        history=entry["history"],
+        diagonal=entry["diagonal"],
+        updates=entry["updates"],
+        dtype=WIRE_DTYPES[entry["dtype"]],
+        activations=tuple(Moment(**moment) for moment in entry["activations"]),
+        derivatives=tuple(Moment(**moment) for moment in entry["derivatives"]),
+    )

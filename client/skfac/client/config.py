@@ -1,19 +1,18 @@
 """What a trainer can set: plain data, validated once, never changed afterwards."""
 
-import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
 
+from skfac.client.numbers import IntSchedule, Schedule, check_number, number_at
 from skfac.curvature.damping import DampingSplit
+from skfac.curvature.positions import Reduction
+from skfac.curvature.settings import CurvatureSettings, History
+from skfac.curvature.trust import Trust
 from skfac.wire.errors import ConfigurationError
 from skfac.wire.session import OnLate
-
-Schedule = float | Callable[[int], float]
-"""A hyper-parameter: a constant, or a function of the step that starts at 0."""
 
 WIRE_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -22,37 +21,55 @@ WIRE_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 class PreconditionerConfig:
     """Everything about a `Preconditioner` but its model, optimizer and target.
 
+    Numbers marked (schedule) are a constant or a function of the step, which starts
+    at 0; a schedule is asked at each step that needs it.
+
     Attributes:
-        damping: λ > 0, added to the Kronecker product of each layer's two factors. A
-            constant or a function of the step.
+        damping: λ > 0, added to the Kronecker product of each layer's two factors
+            (schedule). A `LevenbergMarquardt` adapts it while training.
         damping_split: `"pi"` weighs the factors by their mean eigenvalues, `"equal"`
             gives both √λ as the authors of SKFAC do.
-        update_every: Steps between two snapshots. At least 1.
+        update_every: Steps between two snapshots, at least 1 (schedule, asked at each
+            snapshot for the distance to the next one).
         lag: Steps from a snapshot to the first use of its preconditioners; the service
-            has that long to answer. 0 waits for the answer in the same step.
-        wait_s: Seconds that a step waits for a version that is due and not there. A
-            server that was waited for in vain is not waited for again until it speaks.
+            has that long to answer. 0 waits for the answer in the same step. Fixed for
+            a run: both ends size their queues by it.
+        wait_s: Seconds that a step waits for a version that is due and not there
+            (schedule). A server that was waited for in vain is not waited for again
+            until it speaks.
         on_late: `"keep"` goes on with the previous version when `wait_s` is over,
             `"wait"` waits for ever, `"raise"` raises `LateVersionError`.
         max_staleness: Steps after which a version is too old; the raw gradient is used
-            then, under the same trust region. At least `update_every + lag`.
-        history: Rows a factor is made of: `"snapshot"` takes those of one update.
-            (`"window"` and `"ema"` are not built yet.)
-        window: Updates of `history="window"`. (Not built yet.)
-        decay: β of `history="window"` and `"ema"`. (Not built yet.)
-        rank: Most rows of a factor, None for no limit. (Not built yet.)
-        energy: Share of a factor's trace that is kept. (Below 1 not built yet.)
+            then, under the same trust region. At least `update_every + lag`
+            (schedule).
+        history: Rows a factor is made of: `"snapshot"` takes those of one update,
+            `"window"` those of the last `window` updates, `"ema"` of all, the older
+            the lighter. docs/history.md says how.
+        window: Updates of `history="window"`, at least 1 (schedule).
+        decay: β of `history="window"` and `"ema"`: what an update keeps of the ones
+            before it, from 0 to below 1 (schedule).
+        rank: Most directions that a factor is kept in, None for no limit (schedule).
+            What is cut off still counts as damping.
+        energy: Share of a factor's trace that its inverse keeps, in (0, 1]; the rest
+            counts as damping (schedule).
         reduction: How positions of a convolution or sequence become rows: `"reduce"`
-            averages inputs and sums derivatives. (Others are not built yet.)
-        positions: Positions that `reduction="subsample"` keeps. (Not built yet.)
-        trust: `"kl"` bounds each step's change of the model's output. (`"graft"` and
-            `"none"` are not built yet.)
-        kl_clip: κ > 0 of `trust="kl"`. A constant or a function of the step.
-        apply: `"gradient"` preconditions weight gradients; `"auto"` chooses.
-            (`"row"` is not built yet, so `"auto"` is `"gradient"`.)
+            averages inputs and sums derivatives, `"authors"` averages both,
+            `"subsample"` takes `positions` of them, `"expand"` all.
+        positions: Positions that `reduction="subsample"` keeps, at least 1 (schedule).
+        loss_reduction: Whether the loss is a `"mean"` or a `"sum"` over the batch.
+        fisher: `"empirical"` takes the derivatives of the training loss, as SKFAC
+            does; `"monte_carlo"` takes those that `capture_from` is given.
+        trust: `"kl"` bounds each step's change of the model's output, `"graft"` gives
+            each layer's step the length of its raw gradient, `"none"` does nothing.
+        kl_clip: κ > 0 of `trust="kl"` (schedule).
+        apply: Where fully connected layers are preconditioned: `"row"` turns the rows
+            inside the backward, `"gradient"` the gradient after it, `"auto"` takes
+            what costs less for each layer. The results are the same.
         skip: Patterns (as in `fnmatch`) of layer names to leave alone, silently.
-        grad_scaler: The trainer's GradScaler. (Not built yet.)
-        accumulation_steps: Backward passes before each step. (Above 1 not built yet.)
+        grad_scaler: The trainer's `torch.amp.GradScaler`. `step` unscales the
+            gradients unless that has been done.
+        accumulation_steps: Backward passes before each step, each of a loss that is
+            divided by as many.
         process_group: Ranks that train together. (Not built yet.)
         job: Names the run at the server; None makes up a name of its own.
         credentials: TLS and token for the server. (Not built yet.)
@@ -65,23 +82,25 @@ class PreconditionerConfig:
 
     damping: Schedule = 0.03
     damping_split: DampingSplit = "pi"
-    update_every: int = 10
+    update_every: IntSchedule = 10
     lag: int = 1
-    wait_s: float = 5.0
+    wait_s: Schedule = 5.0
     on_late: OnLate = "keep"
-    max_staleness: int = 1000
-    history: Literal["snapshot"] = "snapshot"
-    window: int = 10
-    decay: float = 0.95
-    rank: int | None = None
-    energy: float = 1.0
-    reduction: Literal["reduce"] = "reduce"
-    positions: int | None = None
-    trust: Literal["kl"] = "kl"
+    max_staleness: IntSchedule = 1000
+    history: History = "snapshot"
+    window: IntSchedule = 10
+    decay: Schedule = 0.95
+    rank: IntSchedule | None = 256
+    energy: Schedule = 1.0
+    reduction: Reduction = "reduce"
+    positions: IntSchedule = 4
+    loss_reduction: Literal["mean", "sum"] = "mean"
+    fisher: Literal["empirical", "monte_carlo"] = "empirical"
+    trust: Trust = "kl"
     kl_clip: Schedule = 1e-3
-    apply: Literal["auto", "gradient"] = "auto"
+    apply: Literal["auto", "gradient", "row"] = "auto"
     skip: tuple[str, ...] = ()
-    grad_scaler: None = None
+    grad_scaler: torch.amp.GradScaler | None = None
     accumulation_steps: int = 1
     process_group: None = None
     job: str | None = None
@@ -89,63 +108,93 @@ class PreconditionerConfig:
     wire_dtype: Literal["float32", "float64"] = "float32"
 
     def __post_init__(self) -> None:
-        self._check_built()
-        for name in ("damping", "kl_clip"):
-            value = getattr(self, name)
-            if not callable(value):
-                _check_positive(name, value)
-        for name, least in (("update_every", 1), ("lag", 0), ("max_staleness", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ConfigurationError(
-                    f"{name} must be a whole number of steps from {least} on, got "
-                    f"{value!r}."
-                )
-        if not (isinstance(self.wait_s, (int, float)) and self.wait_s >= 0):
-            raise ConfigurationError(f"wait_s must be 0 or more, got {self.wait_s!r}.")
-        if self.max_staleness < self.update_every + self.lag:
+        self._check_choices()
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not callable(value) or field.name in _CONSTANT:
+                check_number(field.name, value)
+        constants = self.update_every, self.max_staleness
+        if all(isinstance(value, int) for value in constants):
+            self.max_staleness_at(0)
+        if self.apply == "row" and self.lag == 0:
             raise ConfigurationError(
-                f"max_staleness = {self.max_staleness} is less than update_every + lag "
-                f"= {self.update_every + self.lag}: even versions in time would be "
-                "too old."
+                "apply='row' preconditions inside the backward and needs versions "
+                "before it ends: set lag to 1 or more, or apply='auto'."
             )
         if isinstance(self.skip, str):
             object.__setattr__(self, "skip", (self.skip,))
 
-    def _check_built(self) -> None:
+    def _check_choices(self) -> None:
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices.built:
                 raise ConfigurationError(_not_built(name, value, choices))
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in _DEFAULT_ONLY and value != field.default:
+        for name in ("process_group", "credentials"):
+            if (value := getattr(self, name)) is not None:
                 raise ConfigurationError(
-                    f"{field.name}={value!r} is not built yet; this version of skfac "
-                    f"only knows {field.name}={field.default!r}."
+                    f"{name}={value!r} is not built yet; this version of skfac only "
+                    f"knows {name}=None."
                 )
+        if not isinstance(self.grad_scaler, torch.amp.GradScaler | None):
+            raise ConfigurationError(
+                f"grad_scaler must be a torch.amp.GradScaler, got {self.grad_scaler!r}."
+            )
 
-    def damping_at(self, step: int) -> float:
-        """Evaluate the damping.
-
-        Returns:
-            λ of this step.
-
-        Raises:
-            ConfigurationError: If a schedule gives a value that is not positive.
-        """
-        return _value_at("damping", self.damping, step)
-
-    def kl_clip_at(self, step: int) -> float:
-        """Evaluate the trust region.
+    def curvature_at(self, step: int) -> CurvatureSettings:
+        """Evaluate what travels with the snapshot of a step.
 
         Returns:
-            κ of this step.
+            Its settings.
 
         Raises:
-            ConfigurationError: If a schedule gives a value that is not positive.
+            ConfigurationError: If a schedule gives a value out of range.
         """
-        return _value_at("kl_clip", self.kl_clip, step)
+        rank = None if self.rank is None else int(self.at("rank", step))
+        return CurvatureSettings(
+            damping=self.at("damping", step),
+            decay=self.at("decay", step),
+            window=int(self.at("window", step)),
+            rank=rank,
+            energy=self.at("energy", step),
+        )
+
+    def max_staleness_at(self, step: int) -> int:
+        """Evaluate the age at which a version is too old.
+
+        Returns:
+            Steps.
+
+        Raises:
+            ConfigurationError: If versions in time would be too old.
+        """
+        limit = int(self.at("max_staleness", step))
+        update_every = int(self.at("update_every", step))
+        if limit < update_every + self.lag:
+            raise ConfigurationError(
+                f"max_staleness = {limit} is less than update_every + lag = "
+                f"{update_every + self.lag}: even versions in time would be too old."
+            )
+        return limit
+
+    def at(self, name: str, step: int) -> float:
+        """Evaluate a number.
+
+        Args:
+            name: One of the attributes above that are marked (schedule).
+            step: The step.
+
+        Returns:
+            Its value at that step.
+
+        Raises:
+            ConfigurationError: If a schedule gives a value out of range.
+        """
+        return number_at(name, getattr(self, name), step)
+
+    @property
+    def least_update_every(self) -> int:
+        """The smallest distance between snapshots that has to be reckoned with."""
+        return 1 if callable(self.update_every) else self.update_every
 
     @classmethod
     def of(cls, settings: dict[str, Any]) -> "PreconditionerConfig":
@@ -173,25 +222,17 @@ class _Choices:
     planned: tuple[str, ...] = ()
 
 
+_CONSTANT = {"lag", "accumulation_steps"}
 _CHOICES = {
     "damping_split": _Choices(("pi", "equal")),
     "on_late": _Choices(("keep", "wait", "raise")),
-    "history": _Choices(("snapshot",), ("window", "ema")),
-    "reduction": _Choices(("reduce",), ("authors", "subsample", "expand")),
-    "trust": _Choices(("kl",), ("graft", "none")),
-    "apply": _Choices(("auto", "gradient"), ("row",)),
+    "history": _Choices(("snapshot", "window", "ema")),
+    "reduction": _Choices(("reduce", "authors", "subsample", "expand")),
+    "loss_reduction": _Choices(("mean", "sum")),
+    "fisher": _Choices(("empirical", "monte_carlo")),
+    "trust": _Choices(("kl", "graft", "none")),
+    "apply": _Choices(("auto", "gradient", "row")),
     "wire_dtype": _Choices(tuple(WIRE_DTYPES), ("float16", "bfloat16")),
-}
-_DEFAULT_ONLY = {
-    "window",
-    "decay",
-    "rank",
-    "energy",
-    "positions",
-    "grad_scaler",
-    "accumulation_steps",
-    "process_group",
-    "credentials",
 }
 
 
@@ -223,19 +264,6 @@ def check_target(target: object) -> str:
     if not (host and port.isdigit() and 0 < int(port) < 65536):
         raise ConfigurationError(f"{target!r} is not a target. {built}")
     return target
-
-
-def _value_at(name: str, schedule: Schedule, step: int) -> float:
-    if not callable(schedule):
-        return schedule
-    value = schedule(step)
-    _check_positive(f"{name} at step {step}", value)
-    return value
-
-
-def _check_positive(name: str, value: object) -> None:
-    if not (isinstance(value, (int, float)) and value > 0 and math.isfinite(value)):
-        raise ConfigurationError(f"{name} must be positive and finite, got {value!r}.")
 
 
 def _not_built(name: str, value: object, choices: _Choices) -> str:

@@ -1,5 +1,6 @@
 """The same engine on a thread of the trainer's own process."""
 
+import logging
 import threading
 from collections import Counter
 from collections.abc import Mapping
@@ -11,6 +12,9 @@ from skfac.service.config import EngineConfig
 from skfac.service.local_engine import LocalEngine
 from skfac.wire.errors import ServiceError
 from skfac.wire.session import SessionSpec
+from skfac.wire.state import SessionState
+
+logger = logging.getLogger(__name__)
 
 _LOOK_AROUND_S = 60.0  # the subscription wakes by itself; this bounds a lost wake-up
 
@@ -46,6 +50,31 @@ class EmbeddedTransport:
         """Take a snapshot and return at once."""
         for step in self._outbox.put(snapshot):
             self._store.lose(step, "superseded", "The sender did not keep up.")
+
+    def export_state(self, timeout_s: float) -> SessionState | None:
+        """Copy what the engine keeps of earlier updates; it takes no time.
+
+        Returns:
+            The histories, or None if the transport is closed.
+        """
+        try:
+            return self._engine.export_state(self._session_id)
+        except ServiceError as error:
+            logger.warning("The histories were not exported: %s", error)
+            return None
+
+    def import_state(self, state: SessionState, timeout_s: float) -> bool:
+        """Let the engine go on from exported histories.
+
+        Returns:
+            Whether it does.
+        """
+        try:
+            self._engine.import_state(self._session_id, state)
+        except ServiceError as error:
+            logger.warning("The histories were not imported: %s", error)
+            return False
+        return True
 
     def counts(self) -> Mapping[str, int]:
         """Count what went over it.

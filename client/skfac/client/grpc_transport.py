@@ -4,7 +4,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import tenacity
@@ -31,6 +31,8 @@ from skfac.wire.errors import (
 )
 from skfac.wire.frames import PayloadBuffer, decode_frame
 from skfac.wire.session import SessionSpec
+from skfac.wire.state import SessionState
+from skfac.wire.state_codec import StateReceiver, encode_state
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,8 @@ _GOODBYE_TIMEOUT_S = 1.0
 _PAUSE_S = 0.1  # between two connections, should a server drop each at once
 _BACKOFF = tenacity.wait_random_exponential(multiplier=0.2, max=5.0)
 _TRANSIENT = (ServerUnavailableError, SessionNotFoundError)
+
+_T = TypeVar("_T")
 
 
 class GrpcTransport:
@@ -58,6 +62,7 @@ class GrpcTransport:
         self._outbox = Outbox(spec.versions_in_flight + 1)
         self._closed = threading.Event()
         self._calls: list[Any] = []
+        self._connection: tuple[grpc.Channel, str] | None = None  # and the session
         self._counts: Counter[str] = Counter()
         self._thread = threading.Thread(
             target=self._run, name="skfac-link", daemon=True
@@ -68,6 +73,41 @@ class GrpcTransport:
         """Take a snapshot and return at once."""
         for step in self._outbox.put(snapshot):
             self._store.lose(step, "superseded", "The sender did not keep up.")
+
+    def export_state(self, timeout_s: float) -> SessionState | None:
+        """Copy what the server keeps of earlier updates.
+
+        Returns:
+            The histories, or None if no server gave them in time.
+        """
+
+        def export(channel: grpc.Channel, session_id: str) -> SessionState:
+            call: grpc.UnaryStreamMultiCallable[pb.ExportStateRequest, bytes]
+            call = channel.unary_stream(
+                f"/{SERVICE}/ExportState", pb.ExportStateRequest.SerializeToString
+            )
+            receiver = StateReceiver(admit=lambda *_: None)
+            request = pb.ExportStateRequest(session_id=session_id)
+            for frame in call(request, timeout=timeout_s):
+                receiver.receive(frame)
+            return receiver.finish()[1]
+
+        return self._call("exported", export)
+
+    def import_state(self, state: SessionState, timeout_s: float) -> bool:
+        """Let the server go on from exported histories.
+
+        Returns:
+            Whether it does.
+        """
+
+        def send(channel: grpc.Channel, session_id: str) -> bool:
+            call: grpc.StreamUnaryMultiCallable[bytes, bytes]
+            call = channel.stream_unary(f"/{SERVICE}/ImportState")
+            call(encode_state(session_id, state), timeout=timeout_s)
+            return True
+
+        return self._call("imported", send) or False
 
     def counts(self) -> Mapping[str, int]:
         """Count what went over it.
@@ -84,6 +124,19 @@ class GrpcTransport:
         for call in list(self._calls):
             call.cancel()
         self._thread.join()
+
+    def _call(self, done: str, call: Callable[[grpc.Channel, str], _T]) -> _T | None:
+        connection = self._connection
+        try:
+            if connection is None:
+                raise ServerUnavailableError("No server is connected.")
+            return call(*connection)
+        except grpc.RpcError as error:
+            why: Exception = _translated(error)
+        except (ServiceError, ValueError) as error:
+            why = error  # gRPC raises the latter if the channel was just closed
+        logger.warning("The histories were not %s: %s", done, why)
+        return None
 
     # ---------------------------------------------------------------- the link
 
@@ -119,9 +172,11 @@ class GrpcTransport:
         with grpc.insecure_channel(self._target, CLIENT_OPTIONS) as channel:
             session_id = self._open(channel)
             self._counts["connects"] += 1
+            self._connection = channel, session_id
             self._store.set_link(up=True)
             logger.info("Connected to %s.", self._target)
             error = self._serve(channel, session_id)
+            self._connection = None
             self._store.set_link(up=False)
             if self._closed.is_set():
                 self._say_goodbye(channel, session_id)

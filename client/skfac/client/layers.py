@@ -2,7 +2,8 @@
 
 import fnmatch
 import warnings
-from collections import Counter
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from skfac.curvature.geometry import LayerGeometry, geometry_of
 from skfac.wire.errors import ConfigurationError
 from skfac.wire.session import LayerSpec
+
+_NAMES_IN_WARNING = 3  # of each type of module; a deep model has hundreds
 
 
 class PassThroughWarning(UserWarning):
@@ -23,14 +26,18 @@ class TrackedLayer:
     """A layer whose gradient is preconditioned.
 
     Attributes:
-        name: Qualified module name.
-        module: The layer.
+        name: Qualified name of its first module.
+        modules: The module, or all modules that share its weight and bias.
+        weight: The parameter.
+        bias: The other parameter, or None if the layer trains none.
         geometry: How its inputs and derivatives become rows.
         group: The optimizer's parameter group of its weight.
     """
 
     name: str
-    module: nn.Linear | nn.Conv2d
+    modules: tuple[nn.Module, ...]
+    weight: nn.Parameter
+    bias: nn.Parameter | None
     geometry: LayerGeometry
     group: dict[str, Any]
 
@@ -39,41 +46,56 @@ class TrackedLayer:
         """What is declared to the server."""
         geometry = self.geometry
         return LayerSpec(
-            self.name, geometry.kind, geometry.d_in, geometry.d_out, geometry.bias
+            self.name,
+            geometry.kind,
+            geometry.d_in,
+            geometry.d_out,
+            geometry.bias,
+            geometry.groups,
+            geometry.diagonal,
         )
 
     @property
-    def learning_rate(self) -> float:
+    def learning_rate(self) -> float | Tensor:
         """The current learning rate of the weight."""
-        return float(self.group["lr"])
+        rate: float | Tensor = self.group["lr"]
+        return rate
+
+    def runs_in(self, module: nn.Module) -> bool:
+        """Check that a module computes with this layer's parameters.
+
+        Returns:
+            False for a copy of the model, and where `torch.func` has put others.
+        """
+        return getattr(module, "weight", None) is self.weight
 
     def gradient(self) -> Tensor | None:
         """Read the gradient with the bias as last column.
 
         Returns:
-            A matrix `[d_out, d_in]`, or None if the layer has no gradient now.
+            A matrix `[*groups, d_out, d_in]`, or None if there is no gradient now.
         """
-        if self.module.weight.grad is None:
+        weight = self.weight.grad
+        bias = None if self.bias is None else self.bias.grad
+        if weight is None or (self.bias is not None and bias is None):
             return None
-        matrix = self.module.weight.grad.reshape(self.geometry.d_out, -1)
-        if not self.geometry.bias:
-            return matrix
-        assert self.module.bias is not None
-        bias = self.module.bias.grad
-        if bias is None:
-            return None
-        return torch.cat([matrix, bias.unsqueeze(1)], dim=1)
+        return self.geometry.to_matrix(weight, bias)
 
     def set_gradient(self, matrix: Tensor) -> None:
-        """Write a gradient of shape `[d_out, d_in]` back in place."""
-        weight = self.module.weight.grad
-        assert weight is not None
-        if self.geometry.bias:
-            assert self.module.bias is not None
-            assert self.module.bias.grad is not None
-            self.module.bias.grad.copy_(matrix[:, -1])
-            matrix = matrix[:, :-1]
-        weight.copy_(matrix.reshape(weight.shape))
+        """Write a gradient of shape `[*groups, d_out, d_in]` back in place."""
+        weight, bias = self.geometry.from_matrix(matrix)
+        assert self.weight.grad is not None
+        self.weight.grad.copy_(weight)
+        if self.bias is not None:
+            assert self.bias.grad is not None
+            assert bias is not None
+            self.bias.grad.copy_(bias)
+
+    def scale_gradient(self, factor: Tensor) -> None:
+        """Multiply the gradient in place by a scalar."""
+        for parameter in (self.weight, self.bias):
+            if parameter is not None and parameter.grad is not None:
+                parameter.grad.mul_(factor.to(parameter.grad))
 
 
 def track_layers(
@@ -81,6 +103,7 @@ def track_layers(
 ) -> list[TrackedLayer]:
     """Choose the layers to precondition.
 
+    Modules that share their weight and bias and are of the same shape are one layer.
     Layers that train and cannot be preconditioned pass through untouched; one warning
     names them, but for those that `skip` names.
 
@@ -100,49 +123,74 @@ def track_layers(
         for group in optimizer.param_groups
         for parameter in group["params"]
     }
-    owners = Counter(
-        id(parameter)
-        for module in model.modules()
-        for parameter in module.parameters(recurse=False)
-    )
     tracked, passed = [], []
-    for name, module in model.named_modules():
-        own = [p for p in module.parameters(recurse=False) if id(p) in groups]
-        if not any(p.requires_grad for p in own):
+    for modules in _by_weight(model, groups):
+        names = [name for name, _ in modules]
+        if any(fnmatch.filter(names, pattern) for pattern in skip):
             continue
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in skip):
-            continue
-        layer = _track(name, module, groups)
-        if layer is not None and owners[id(layer.module.weight)] == 1:
-            tracked.append(layer)
+        layer = _track(modules, groups)
+        if layer is None:
+            passed += modules
         else:
-            passed.append(f"{name or 'the model itself'} ({type(module).__name__})")
+            tracked.append(layer)
     if passed:
-        text = (
-            "These layers train and are not preconditioned; their gradients pass "
-            f"through unchanged: {', '.join(passed)}. Name them in skip=(...) to "
-            "silence this."
-        )
-        warnings.warn(text, PassThroughWarning, stacklevel=3)
+        warnings.warn(_passed_text(passed), PassThroughWarning, stacklevel=3)
     if not tracked:
         raise ConfigurationError(
-            "The model has no layer to precondition: none is an nn.Linear or an "
-            "ungrouped nn.Conv2d that the optimizer trains and skip leaves in."
+            "The model has no layer to precondition: none is linear, a convolution or "
+            "an embedding of torch that the optimizer trains and skip leaves in."
         )
     return tracked
 
 
+def _by_weight(
+    model: nn.Module, groups: dict[int, dict[str, Any]]
+) -> Iterable[list[tuple[str, nn.Module]]]:
+    # Modules that train and their names, those that share their weight together.
+    sharing: dict[int, list[tuple[str, nn.Module]]] = defaultdict(list)
+    for name, module in model.named_modules():
+        own = [p for p in module.parameters(recurse=False) if id(p) in groups]
+        trained = [p for p in own if p.requires_grad]
+        if not trained:
+            continue
+        weight = getattr(module, "weight", None)
+        key = id(weight) if any(p is weight for p in trained) else id(module)
+        # A model that is a layer itself has no other name.
+        sharing[key].append((name or "model", module))
+    return sharing.values()
+
+
 def _track(
-    name: str, module: nn.Module, groups: dict[int, dict[str, Any]]
+    named: list[tuple[str, nn.Module]], groups: dict[int, dict[str, Any]]
 ) -> TrackedLayer | None:
-    geometry = geometry_of(module)
-    if geometry is None:
+    name, first = named[0]
+    modules = [module for _, module in named]
+    geometry = geometry_of(first)
+    if geometry is None or any(geometry_of(m) != geometry for m in modules[1:]):
         return None
-    assert isinstance(module, (nn.Linear, nn.Conv2d))
-    group = groups.get(id(module.weight))
-    if group is None or not module.weight.requires_grad:
+    weight, bias = first.weight, first.bias if geometry.bias else None
+    assert isinstance(weight, nn.Parameter)
+    assert bias is None or isinstance(bias, nn.Parameter)
+    if geometry.bias and any(module.bias is not bias for module in modules):
+        return None  # one weight, several biases: not one matrix
+    group = groups.get(id(weight))
+    if group is None or not weight.requires_grad:
         return None
-    if geometry.bias and id(module.bias) not in groups:
+    if bias is not None and id(bias) not in groups:
         return None
-    # A model that is a layer itself has no other name.
-    return TrackedLayer(name or "model", module, geometry, group)
+    return TrackedLayer(name, tuple(modules), weight, bias, geometry, group)
+
+
+def _passed_text(passed: Iterable[tuple[str, nn.Module]]) -> str:
+    by_type: dict[str, list[str]] = defaultdict(list)
+    for name, module in passed:
+        by_type[type(module).__name__].append(name)
+    parts = []
+    for kind, names in by_type.items():
+        shown = ", ".join(names[:_NAMES_IN_WARNING])
+        more = len(names) - _NAMES_IN_WARNING
+        parts.append(f"{kind}: {shown}" + (f" and {more} more" if more > 0 else ""))
+    return (
+        "These layers train and are not preconditioned; their gradients pass through "
+        f"unchanged ({'; '.join(parts)}). Name them in skip=(...) to silence this."
+    )

@@ -2,6 +2,7 @@
 
 import atexit
 import logging
+import math
 import sys
 import uuid
 from pathlib import Path
@@ -9,17 +10,23 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from skfac.client.adaptive import LevenbergMarquardt
 from skfac.client.apply import Apply
 from skfac.client.capture import Capture
 from skfac.client.checkpoint import from_state_dict, to_state_dict
-from skfac.client.config import WIRE_DTYPES, PreconditionerConfig, check_target
+from skfac.client.config import PreconditionerConfig, check_target
+from skfac.client.due import DueVersions
 from skfac.client.layers import track_layers
+from skfac.client.loss_scale import LossScale
+from skfac.client.ready import ReadyVersions
+from skfac.client.report import describe
+from skfac.client.row_space import RowSpace
 from skfac.client.store import Store
 from skfac.client.transport import connect
+from skfac.curvature.layer import LayerPreconditioner
 from skfac.wire.errors import ConfigurationError
-from skfac.wire.outcome import Version
 from skfac.wire.session import SessionSpec
 
 logger = logging.getLogger(__name__)
@@ -32,9 +39,9 @@ class Preconditioner:
     """Replaces gradients by SKFAC-preconditioned ones, between backward and update.
 
     Every `update_every` steps it captures the rows of both Kronecker factors of each
-    `nn.Linear` and `nn.Conv2d`, sends them to an engine, and from `lag` steps later on
-    applies what comes back: `(G + λ_G I)⁻¹ ∇W (A + λ_A I)⁻¹`, inside a trust region.
-    Losses are means over the batch, whose first dimension counts the samples.
+    linear layer, convolution and embedding, sends them to an engine, and from `lag`
+    steps later on applies what comes back: `(G + λ_G I)⁻¹ ∇W (A + λ_A I)⁻¹`, inside a
+    trust region. The first dimension of a layer's input counts the samples.
 
     Example:
         ```python
@@ -80,27 +87,29 @@ class Preconditioner:
             layers=tuple(layer.spec for layer in self._layers),
             damping_split=config.damping_split,
             history=config.history,
-            update_every=config.update_every,
+            update_every=config.least_update_every,
             lag=config.lag,
             on_late=config.on_late,
         )
         self._step = 0
-        self._captured = -1
+        self._next_capture = 0
         self._raw = 0
+        self._sampled = False
         self._closed = False
-        self._apply = Apply(self._layers)
-        self._store = Store(spec, wait_s=config.wait_s)
+        self._store = Store(spec)
+        self._due = DueVersions(self._store, config, len(self._layers))
+        self._ready = ReadyVersions(len(self._layers))
         self._transport = connect(target, spec, self._store)
-        self._capture = Capture(self._layers, WIRE_DTYPES[config.wire_dtype])
+        self._capture = Capture(self._layers, config, _RANK)
+        self._capture.arm(0)
+        # Its hooks come before those of the capture, which listens to the output that
+        # they replace.
+        self._rows = RowSpace(self._layers, config, self._provide)
+        self._apply = Apply(self._layers, self._ready, self._rows)
+        self._loss_scale = LossScale(config.grad_scaler, optimizer)
         atexit.register(self.close)
         try:
-            if not self._store.await_link(config.wait_s):
-                logger.warning(
-                    "No server at %s after wait_s = %g s; training begins with raw "
-                    "gradients.",
-                    target,
-                    config.wait_s,
-                )
+            self._await_link(target, config.at("wait_s", 0))
         except BaseException:
             self.close()
             raise
@@ -119,13 +128,13 @@ class Preconditioner:
     def step(self) -> None:
         """Precondition the gradients of the backward that has just run, in place.
 
-        Call it once a step, after `backward()` and before `optimizer.step()`.
+        Call it once a step, after all of its backwards and before `optimizer.step()`.
         Nothing that happens to a server or the network raises here, unless `on_late`
         says so.
 
         Raises:
-            ConfigurationError: If the preconditioner is closed, or a schedule gives a
-                value out of range.
+            ConfigurationError: If the preconditioner is closed, a schedule gives a
+                value out of range, or `capture_from` was forgotten.
             LateVersionError: Under `on_late="raise"`, if a version is late.
             ServiceError: Under `on_late="wait"` or `"raise"`, if the server refuses
                 this trainer.
@@ -133,43 +142,123 @@ class Preconditioner:
         if self._closed:
             raise ConfigurationError("This preconditioner is closed.")
         step, config = self._step, self.config
+        loss_scale = self._loss_scale.unscale(self._layers[0].weight.device)
         # A step that raised may be tried again; its rows were taken then.
-        if step % config.update_every == 0 and step > self._captured:
+        if step == self._next_capture:
             self._push_snapshot(step)
-        versions = self._fresh(self._store.versions_at(step))
-        self._apply(versions, kl_clip=config.kl_clip_at(step))
-        self._raw += versions.count(None)
+        versions = self._due.at(step)
+        self._apply(
+            versions,
+            trust=config.trust,
+            kl_clip=config.at("kl_clip", step),
+            loss_scale=loss_scale,
+        )
+        self._raw += sum(version is None for version in versions)
         self._step = step + 1
-        self._capture.armed = self._step % config.update_every == 0
+        self._arm()
+
+    def capture_from(self, sampled_loss: Tensor) -> None:
+        """Take this step's curvature from a loss against targets the model drew.
+
+        For `fisher="monte_carlo"`: call it before the backward of the training loss. It
+        runs a second backward in steps that capture a snapshot, and nothing in others;
+        gradients of parameters are not touched.
+
+        Example:
+            ```python
+            logits = model(x)
+            drawn = torch.distributions.Categorical(logits=logits.detach()).sample()
+            pre.capture_from(cross_entropy(logits, drawn))
+            cross_entropy(logits, y).backward()
+            ```
+
+        Args:
+            sampled_loss: A scalar, reduced over the batch as the training loss is
+                (and divided by `accumulation_steps` as that is).
+
+        Raises:
+            ConfigurationError: If `fisher` is `"empirical"`.
+        """
+        if self.config.fisher != "monte_carlo":
+            raise ConfigurationError(
+                "capture_from needs fisher='monte_carlo'; with 'empirical' the rows "
+                "come from the training loss."
+            )
+        if self._step != self._next_capture:
+            return
+        self._sampled = True
+        weights = [layer.weight for layer in self._layers]
+        with self._capture.sampling(), self._rows.sampling():
+            torch.autograd.grad(
+                self._loss_scale.scaled(sampled_loss),
+                weights,
+                retain_graph=True,
+                allow_unused=True,
+            )
+
+    @property
+    def wants_losses(self) -> bool:
+        """Whether adaptive damping asks for `observe_losses` after this step."""
+        damping, step = self.config.damping, self._step - 1
+        if not isinstance(damping, LevenbergMarquardt) or step < 0:
+            return False
+        steps = [None if v is None else v.step for v in self._due.at(step)]
+        known = [step for step in steps if step is not None]
+        return damping.wants(step, min(known) if len(known) == len(steps) else None)
+
+    def observe_losses(self, before: float | Tensor, after: float | Tensor) -> None:
+        """Show adaptive damping what a step did to the loss of its own batch.
+
+        Example:
+            ```python
+            pre.step()
+            optimizer.step()
+            if pre.wants_losses:
+                with torch.no_grad():
+                    pre.observe_losses(loss, loss_fn(model(x), y))
+            ```
+
+        Args:
+            before: The loss of the batch before `optimizer.step()`.
+            after: The loss of the same batch after it.
+
+        Raises:
+            ConfigurationError: If `damping` is not adaptive, or before the first step.
+        """
+        damping, prediction = self.config.damping, self._apply.prediction
+        if not isinstance(damping, LevenbergMarquardt) or prediction is None:
+            raise ConfigurationError(
+                "observe_losses needs damping=LevenbergMarquardt() and a step."
+            )
+        decrease = _plain(before) - _plain(after)
+        decrease = decrease if math.isfinite(decrease) else -math.inf
+        damping.observe(
+            self._step - 1, decrease=decrease, predicted=prediction.decrease
+        )
 
     def report(self) -> dict[str, Any]:
         """Describe what happened so far.
 
         Returns:
             Plain data: `step` (steps done), `connected`, `failure` (why no server will
-            answer, or None), `layers` (by name, the `version` in use and its `age` in
-            steps, None if there is none), `raw_gradients` (layer-steps without a
-            version), `waited_s`, `versions` (counts by layer and version: `solved`,
-            `superseded`, `failed`, `empty`, `refused`, `late`, ...; and of `waits`),
-            `transport` (counts of connects, disconnects and bytes).
+            answer, or None), `layers` (by name: the `version` in use, its `age` in
+            steps, the `updates` in its history, its `rank` (directions, of activations
+            and derivatives), None if there is none; where it is applied),
+            `raw_gradients` (layer-steps without a version), `not_finite` (layer-steps
+            whose gradient was not finite), `damping` (of the next snapshot),
+            `trust_scale` (ν of the latest step), `waited_s`, `versions` (counts by
+            layer and version: `solved`, `superseded`, `failed`, `empty`, `refused`,
+            `late`, ...; and of `waits`), `transport` (counts of connects, disconnects
+            and bytes).
         """
-        in_use = self._store.in_use
-        layers = {
-            layer.name: {
-                "version": version.step if version else None,
-                "age": self._step - 1 - version.step if version else None,
-            }
-            for layer, version in zip(self._layers, in_use, strict=True)
-        }
-        failure = self._store.failure
+        prediction = self._apply.prediction
         return {
             "step": self._step,
-            "connected": self._store.link_up,
-            "failure": None if failure is None else str(failure),
-            "layers": layers,
+            **describe(self._layers, self._store, self._rows, self._step - 1),
             "raw_gradients": self._raw,
-            "waited_s": self._store.waited_s,
-            "versions": dict(self._store.counts),
+            "not_finite": self._apply.not_finite,
+            "damping": self.config.at("damping", self._step),
+            "trust_scale": None if prediction is None else float(prediction.scale),
             "transport": dict(self._transport.counts()),
         }
 
@@ -177,13 +266,21 @@ class Preconditioner:
         """Copy everything that the next steps depend on.
 
         Versions on their way are waited for, up to `wait_s`, so that a run that is
-        resumed takes the very same steps.
+        resumed takes the very same steps. The server's history is fetched, too.
 
         Returns:
             Nested dicts of numbers, strings and tensors.
         """
-        state = self._store.settle(self.config.wait_s)
-        return to_state_dict(self._step, [layer.name for layer in self._layers], state)
+        wait_s = self.config.at("wait_s", self._step)
+        versions = self._store.settle(wait_s)
+        kept = self.config.history != "snapshot"
+        history = self._transport.export_state(wait_s) if kept else None
+        names = [layer.name for layer in self._layers]
+        state = to_state_dict(self._step, names, versions, history)
+        state["next_capture"] = self._next_capture
+        if isinstance(self.config.damping, LevenbergMarquardt):
+            state["damping"] = self.config.damping.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was called, before the first `step`.
@@ -197,9 +294,16 @@ class Preconditioner:
                 f"A state is loaded before the first step, not after {self._step}."
             )
         names = [layer.name for layer in self._layers]
-        self._step, versions = from_state_dict(state, names)
+        self._step, versions, history = from_state_dict(state, names)
         self._store.restore(versions)
-        self._capture.armed = self._step % self.config.update_every == 0
+        self._next_capture = state["next_capture"]
+        if isinstance(self.config.damping, LevenbergMarquardt) and "damping" in state:
+            self.config.damping.load_state_dict(state["damping"])
+        if history is not None and not self._transport.import_state(
+            history, self.config.at("wait_s", self._step)
+        ):
+            logger.warning("The server did not take the saved history: it starts anew.")
+        self._arm()
 
     def close(self) -> None:
         """Leave the session, remove the hooks and end all threads; idempotent."""
@@ -208,18 +312,40 @@ class Preconditioner:
         self._closed = True
         atexit.unregister(self.close)
         self._capture.close()
+        self._rows.close()
         self._transport.close()
 
+    def _await_link(self, target: str, wait_s: float) -> None:
+        if not self._store.await_link(wait_s):
+            logger.warning(
+                "No server at %s after wait_s = %g s; training begins with raw "
+                "gradients.",
+                target,
+                wait_s,
+            )
+
+    def _provide(
+        self, index: int, device: torch.device, dtype: torch.dtype
+    ) -> LayerPreconditioner | None:
+        versions = self._due.in_backward(self._step)
+        return self._ready.get(index, versions, device, dtype)
+
     def _push_snapshot(self, step: int) -> None:
-        damping = self.config.damping_at(step)
-        snapshot = self._capture.take(_RANK, step, damping)
+        if self.config.fisher == "monte_carlo" and not self._sampled:
+            raise ConfigurationError(
+                f"fisher='monte_carlo' takes the derivatives of step {step} from "
+                "capture_from(sampled_loss), which was not called."
+            )
+        snapshot = self._capture.take(step)
+        update_every = int(self.config.at("update_every", step))
         self._store.expect(step)
         self._transport.push(snapshot)
-        self._captured = step
+        self._next_capture = step + update_every
+        self._sampled = False
 
-    def _fresh(self, versions: list[Version | None]) -> list[Version | None]:
-        oldest = self._step - self.config.max_staleness
-        return [v if v is not None and v.step >= oldest else None for v in versions]
+    def _arm(self) -> None:
+        due = self._step == self._next_capture
+        self._capture.arm(self._step if due else None)
 
 
 def _check_single_rank() -> None:
@@ -232,6 +358,10 @@ def _check_single_rank() -> None:
                 f"Training with {world_size} ranks is not built yet; this version of "
                 "skfac only serves trainers with one process."
             )
+
+
+def _plain(loss: float | Tensor) -> float:
+    return float(loss.detach()) if isinstance(loss, Tensor) else loss
 
 
 def _made_up_job() -> str:

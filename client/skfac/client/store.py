@@ -20,7 +20,7 @@ from skfac.wire.errors import (
     ServiceError,
 )
 from skfac.wire.outcome import Loss, LossReason, Outcome, Version
-from skfac.wire.session import SessionSpec
+from skfac.wire.session import LayerSpec, SessionSpec
 
 logger = logging.getLogger(__name__)
 
@@ -47,14 +47,14 @@ class Store:
     Attributes:
         counts: What happened so far: `solved` and each reason of a loss, by layer and
             version; `late` versions that missed their deadline; `corrupt` ones that
-            were refused here; `unexpected` ones that nobody asked for; `waits` of a
+            were refused here; `unexpected` ones that nobody asked for; `history_losses`
+            of layers whose server forgot earlier updates; `waits` of a
             step and `vain_waits` among them.
         waited_s: Time that steps spent waiting.
     """
 
-    def __init__(self, spec: SessionSpec, *, wait_s: float) -> None:
+    def __init__(self, spec: SessionSpec) -> None:
         self._spec = spec
-        self._wait_s = wait_s
         self._changed = threading.Condition()
         self._expected: dict[int, list[Outcome | None]] = {}
         self._in_use: list[Version | None] = [None] * len(spec.layers)
@@ -62,6 +62,7 @@ class Store:
         self._silent = False  # waited for in vain, and nothing was heard since
         self._failure: ServiceError | None = None
         self._said: set[LossReason] = set()
+        self._updates = [0] * len(spec.layers)
         self.counts: Counter[str] = Counter()
         self.waited_s = 0.0
 
@@ -178,11 +179,12 @@ class Store:
         with self._changed:
             self._expected[step] = [None] * len(self._spec.layers)
 
-    def versions_at(self, step: int) -> list[Version | None]:
+    def versions_at(self, step: int, wait_s: float) -> list[Version | None]:
         """Find the versions that a step uses, waiting for those that are just due.
 
         Args:
             step: The trainer's step; must not decrease.
+            wait_s: Seconds that it may wait.
 
         Returns:
             One version a layer; None if none was ever due and there.
@@ -197,7 +199,7 @@ class Store:
                 return list(self._in_use)
             newest = max(due)
             if newest + self._spec.lag == step:
-                self._wait_for(newest)
+                self._wait_for(newest, wait_s)
             for layer, outcome in enumerate(self._expected[newest]):
                 if isinstance(outcome, Version):
                     self._in_use[layer] = outcome
@@ -229,7 +231,7 @@ class Store:
 
     # ---------------------------------------------------------------- inside
 
-    def _wait_for(self, step: int) -> None:
+    def _wait_for(self, step: int, wait_s: float) -> None:
         row, policy = self._expected[step], self._spec.on_late
         if None not in row:
             return
@@ -238,13 +240,9 @@ class Store:
         if policy == "wait":
             self._changed.wait_for(lambda: None not in row or self._failure)
         elif policy == "raise":
-            self._changed.wait_for(
-                lambda: None not in row or self._failure, self._wait_s
-            )
+            self._changed.wait_for(lambda: None not in row or self._failure, wait_s)
         elif not self._silent:
-            self._changed.wait_for(
-                lambda: None not in row or not self._link_up, self._wait_s
-            )
+            self._changed.wait_for(lambda: None not in row or not self._link_up, wait_s)
         self.waited_s += time.monotonic() - began_s
         missing = row.count(None)
         if not missing:
@@ -257,13 +255,14 @@ class Store:
                 raise self._failure
             raise LateVersionError(
                 f"{missing} of {len(row)} layers have no version of step {step} after "
-                f"wait_s = {self._wait_s:g} s, lag = {self._spec.lag} steps later."
+                f"wait_s = {wait_s:g} s, lag = {self._spec.lag} steps later."
             )
 
     def _count(self, outcome: Outcome) -> None:
         if isinstance(outcome, Version):
             self.counts["solved"] += 1
             self._said.clear()
+            self._check_history(outcome)
             return
         self.counts[outcome.reason] += 1
         # Said once, not at every step, until a version arrives again.
@@ -271,6 +270,23 @@ class Store:
         self._said.add(outcome.reason)
         text = "The version of step %d is lost (%s): %s"
         logger.log(level, text, outcome.step, outcome.reason, outcome.message)
+
+    def _check_history(self, version: Version) -> None:
+        # A server that was restarted begins anew, which changes the curvature.
+        before, self._updates[version.layer] = (
+            self._updates[version.layer],
+            version.updates,
+        )
+        if version.updates >= before:
+            return
+        self.counts["history_losses"] += 1
+        logger.warning(
+            "The history of layer %r has %d updates and had %d: the server was "
+            "restarted, or its window made smaller.",
+            self._spec.layers[version.layer].name,
+            version.updates,
+            before,
+        )
 
     def _settled(self) -> bool:
         return all(None not in row for row in self._expected.values())
@@ -281,15 +297,18 @@ class Store:
             return outcome
         layer, both = self._spec.layers[outcome.layer], outcome.preconditioner
         pairs = (both.activations, layer.d_in), (both.derivatives, layer.d_out)
-        if all(_is_usable(inverse, dim) for inverse, dim in pairs):
+        if all(_is_usable(inverse, layer, dim) for inverse, dim in pairs):
             return outcome
         self.counts["corrupt"] += 1
         text = f"The server sent an unusable inverse of layer {layer.name!r}."
         return Loss(outcome.layer, outcome.step, "failed", text)
 
 
-def _is_usable(inverse: FactorInverse, dim: int) -> bool:
+def _is_usable(inverse: FactorInverse, layer: LayerSpec, dim: int) -> bool:
     matrix = inverse.tensor
-    if matrix.ndim != 2 or (inverse.dim, matrix.shape[1]) != (dim, dim):
+    groups = () if layer.groups == 1 else (layer.groups,)
+    if matrix.ndim != len(groups) + 2 or matrix.shape[:-2] != groups:
+        return False
+    if (inverse.dim, matrix.shape[-1]) != (dim, dim):
         return False
     return inverse.damping > 0 and bool(matrix.isfinite().all())

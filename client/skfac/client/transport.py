@@ -7,6 +7,7 @@ from skfac.client.capture import PendingSnapshot
 from skfac.client.config import check_target
 from skfac.client.store import Store
 from skfac.wire.session import SessionSpec
+from skfac.wire.state import SessionState
 
 
 class Transport(Protocol):
@@ -18,6 +19,22 @@ class Transport(Protocol):
 
     def push(self, snapshot: PendingSnapshot) -> None:
         """Take a snapshot and return at once."""
+
+    def export_state(self, timeout_s: float) -> SessionState | None:
+        """Copy what the server keeps of earlier updates.
+
+        Returns:
+            The histories that were folded when it was called; None, which is logged, if
+            no server is connected or it gave none in time.
+        """
+
+    def import_state(self, state: SessionState, timeout_s: float) -> bool:
+        """Let the server go on from exported histories, before anything is pushed.
+
+        Returns:
+            Whether it does; if not, its histories are as they were, and it is logged
+            why. Trying again is safe.
+        """
 
     def counts(self) -> Mapping[str, int]:
         """Count what went over it: connects, disconnects, bytes each way."""

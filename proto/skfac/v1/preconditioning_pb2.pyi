@@ -3,15 +3,21 @@
 isort:skip_file
 The contract between training workers and preconditioning servers.
 
-A job opens a session, one call a rank. Every `update_every` steps each rank pushes
-a snapshot: the rows of both Kronecker factors of its layers. Once the rows of all
-ranks for a (layer, step) are in, the server inverts both factors once, and streams
-the result to every rank. A version IS the step its rows were captured at.
+A job opens a session, one call a rank. Every `update_every` steps or more each rank
+pushes a snapshot: the rows of both Kronecker factors of its layers. Once the rows of
+all ranks for a (layer, step) are in, the server adds them to the history of the layer
+if the session has one, inverts both factors once, and streams the result to every
+rank. A version IS the step its rows were captured at.
+
+The history of a layer depends on the sequence of its complete (layer, step)s only: a
+superseded one has no version, but its rows are in the versions that follow.
 
 Typical sequence of one rank:
   OpenSession
   StreamPreconditioners   stays open: [manifest + payload] [payload] [manifest + ...
+  ImportState             only after a restart from a checkpoint
   PushSnapshots           stays open: [manifest + payload] [payload] ... -> ack, ...
+  ExportState             for a checkpoint
   CloseSession
 
 Statuses, and what to do: UNAVAILABLE, CANCELLED, DEADLINE_EXCEEDED: reconnect and
@@ -85,6 +91,10 @@ class _HistoryEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_History.Value
     """Never sent; refused."""
     HISTORY_SNAPSHOT: _History.ValueType  # 1
     """Rows of one update only, as SKFAC was published."""
+    HISTORY_WINDOW: _History.ValueType  # 2
+    """The last `window` updates, older ones weighed less."""
+    HISTORY_EMA: _History.ValueType  # 3
+    """All updates, older ones weighed less."""
 
 class History(_History, metaclass=_HistoryEnumTypeWrapper): ...
 
@@ -92,6 +102,10 @@ HISTORY_UNSPECIFIED: History.ValueType  # 0
 """Never sent; refused."""
 HISTORY_SNAPSHOT: History.ValueType  # 1
 """Rows of one update only, as SKFAC was published."""
+HISTORY_WINDOW: History.ValueType  # 2
+"""The last `window` updates, older ones weighed less."""
+HISTORY_EMA: History.ValueType  # 3
+"""All updates, older ones weighed less."""
 Global___History: _TypeAlias = History  # noqa: Y015
 
 class _OnLate:
@@ -132,6 +146,7 @@ class TensorHeader(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     SHAPE_FIELD_NUMBER: _builtins.int
     dtype: Global___DType.ValueType
+    """Of all elements."""
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Outermost first. Any extent may be 0."""
@@ -161,16 +176,24 @@ class LayerSpec(_message.Message):
     D_IN_FIELD_NUMBER: _builtins.int
     D_OUT_FIELD_NUMBER: _builtins.int
     BIAS_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
+    DIAGONAL_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Qualified module name, e.g. "encoder.0.fc1"; unique."""
     kind: _builtins.str
-    """"linear" or "conv2d"."""
+    """"linear", "hf_conv1d", "conv1d" to "conv3d", "conv_transpose1d" to
+    "conv_transpose3d" or "embedding".
+    """
     d_in: _builtins.int
-    """Columns of the weight matrix, bias column included."""
+    """Columns of a group's weight matrix, bias column included."""
     d_out: _builtins.int
-    """Rows of the weight matrix."""
+    """Rows of a group's weight matrix."""
     bias: _builtins.bool
     """Whether the last column is the bias."""
+    groups: _builtins.int
+    """Weight matrices, one a group of channels; 1 for most layers."""
+    diagonal: _builtins.bool
+    """Whether the activation factor is diagonal; then groups is 1."""
     def __init__(
         self,
         *,
@@ -179,10 +202,12 @@ class LayerSpec(_message.Message):
         d_in: _builtins.int = ...,
         d_out: _builtins.int = ...,
         bias: _builtins.bool = ...,
+        groups: _builtins.int = ...,
+        diagonal: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "d_in", b"d_in", "d_out", b"d_out", "kind", b"kind", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "d_in", b"d_in", "d_out", b"d_out", "diagonal", b"diagonal", "groups", b"groups", "kind", b"kind", "name", b"name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -208,12 +233,15 @@ class SessionSpec(_message.Message):
     world_size: _builtins.int
     """Ranks that push rows; at least 1."""
     damping_split: Global___DampingSplit.ValueType
+    """How λ is shared by the two factors."""
     history: Global___History.ValueType
+    """What older updates a factor is made of."""
     update_every: _builtins.int
-    """Steps between snapshots; at least 1."""
+    """The smallest number of steps between snapshots; at least 1."""
     lag: _builtins.int
     """Steps from capture to first use."""
     on_late: Global___OnLate.ValueType
+    """What becomes of versions that are past due."""
     @_builtins.property
     def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerSpec]:
         """Frames refer to layers by index in this list."""
@@ -248,7 +276,9 @@ class OpenSessionRequest(_message.Message):
     rank: _builtins.int
     """In [0, world_size)."""
     @_builtins.property
-    def spec(self) -> Global___SessionSpec: ...
+    def spec(self) -> Global___SessionSpec:
+        """The same from every rank of the job."""
+
     def __init__(
         self,
         *,
@@ -300,7 +330,9 @@ class CloseSessionRequest(_message.Message):
     SESSION_ID_FIELD_NUMBER: _builtins.int
     RANK_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
+    """As OpenSession gave it."""
     rank: _builtins.int
+    """The rank that leaves."""
     def __init__(
         self,
         *,
@@ -331,11 +363,52 @@ class CloseSessionResponse(_message.Message):
 Global___CloseSessionResponse: _TypeAlias = CloseSessionResponse  # noqa: Y015
 
 @_typing.final
-class LayerRows(_message.Message):
+class CurvatureSettings(_message.Message):
     """---------------------------------------------------------------- frames
 
-    The rows of one layer. Both tensors are [n, d] with the same n, rows in the same
-    order. n may be 0: this rank has no rows of the layer at this step.
+    How the rows of one snapshot are weighed, compressed and damped. Of several ranks the
+    lowest one's count.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DAMPING_FIELD_NUMBER: _builtins.int
+    DECAY_FIELD_NUMBER: _builtins.int
+    WINDOW_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    ENERGY_FIELD_NUMBER: _builtins.int
+    damping: _builtins.float
+    """λ > 0 of the Kronecker product at this step."""
+    decay: _builtins.float
+    """What this update leaves of older ones' weight; in [0, 1)."""
+    window: _builtins.int
+    """Updates that HISTORY_WINDOW holds; from 1 to 10,000."""
+    rank: _builtins.int
+    """Most directions a factor is kept in; 0 for no limit."""
+    energy: _builtins.float
+    """Share of a factor's trace its inverse keeps; in (0, 1]."""
+    def __init__(
+        self,
+        *,
+        damping: _builtins.float = ...,
+        decay: _builtins.float = ...,
+        window: _builtins.int = ...,
+        rank: _builtins.int = ...,
+        energy: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["damping", b"damping", "decay", b"decay", "energy", b"energy", "rank", b"rank", "window", b"window"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CurvatureSettings: _TypeAlias = CurvatureSettings  # noqa: Y015
+
+@_typing.final
+class LayerRows(_message.Message):
+    """The rows of one layer. Both tensors are [n, d] with the same n, rows in the same
+    order; with several groups [groups, n, d]. n may be 0: this rank has no rows of the
+    layer at this step.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -344,8 +417,13 @@ class LayerRows(_message.Message):
     ACTIVATIONS_FIELD_NUMBER: _builtins.int
     DERIVATIVES_FIELD_NUMBER: _builtins.int
     layer: _builtins.int
+    """Index in the session's layers."""
     @_builtins.property
-    def activations(self) -> Global___TensorHeader: ...
+    def activations(self) -> Global___TensorHeader:
+        """[m, d_in] with any m if the activation factor is diagonal: the squares of a column,
+        added up and divided by the n of the derivatives, are an entry of the diagonal.
+        """
+
     @_builtins.property
     def derivatives(self) -> Global___TensorHeader:
         """Derivatives of the loss of one example each: not divided by the batch size."""
@@ -372,14 +450,18 @@ class SnapshotManifest(_message.Message):
     SESSION_ID_FIELD_NUMBER: _builtins.int
     RANK_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
-    DAMPING_FIELD_NUMBER: _builtins.int
+    SETTINGS_FIELD_NUMBER: _builtins.int
     LAYERS_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
+    """As OpenSession gave it."""
     rank: _builtins.int
+    """Who captured it."""
     step: _builtins.int
     """The step of the backward; must not decrease."""
-    damping: _builtins.float
-    """λ > 0 of the Kronecker product at this step."""
+    @_builtins.property
+    def settings(self) -> Global___CurvatureSettings:
+        """Must be there: numbers have no defaults."""
+
     @_builtins.property
     def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerRows]:
         """Payload order: activations, derivatives, next layer."""
@@ -390,12 +472,12 @@ class SnapshotManifest(_message.Message):
         session_id: _builtins.str = ...,
         rank: _builtins.int = ...,
         step: _builtins.int = ...,
-        damping: _builtins.float = ...,
+        settings: Global___CurvatureSettings | None = ...,
         layers: _abc.Iterable[Global___LayerRows] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["settings", b"settings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["damping", b"damping", "layers", b"layers", "rank", b"rank", "session_id", b"session_id", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers", "rank", b"rank", "session_id", b"session_id", "settings", b"settings", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -416,8 +498,11 @@ class PushSnapshotsRequest(_message.Message):
     checksum: _builtins.int
     """XXH3-64 of this frame's payload."""
     payload: _builtins.bytes
+    """The next bytes of the tensors."""
     @_builtins.property
-    def manifest(self) -> Global___SnapshotManifest: ...
+    def manifest(self) -> Global___SnapshotManifest:
+        """In the first frame of a snapshot only."""
+
     def __init__(
         self,
         *,
@@ -465,6 +550,7 @@ class PushSnapshotsResponse(_message.Message):
     DUPLICATE_FIELD_NUMBER: _builtins.int
     REFUSAL_FIELD_NUMBER: _builtins.int
     step: _builtins.int
+    """Of the snapshot that is answered."""
     duplicate: _builtins.bool
     """All rows of it were there already."""
     @_builtins.property
@@ -493,7 +579,9 @@ class HeldVersion(_message.Message):
     LAYER_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     layer: _builtins.int
+    """Index in the session's layers."""
     step: _builtins.int
+    """Its capture step."""
     def __init__(
         self,
         *,
@@ -516,7 +604,9 @@ class StreamPreconditionersRequest(_message.Message):
     RANK_FIELD_NUMBER: _builtins.int
     HELD_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
+    """As OpenSession gave it."""
     rank: _builtins.int
+    """Who receives."""
     @_builtins.property
     def held(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldVersion]:
         """Newest version per layer; absent means none."""
@@ -552,6 +642,8 @@ class FactorInverse(_message.Message):
         """matrix is Vᵀ [rank, d]; the inverse is (I - V Vᵀ) / damping."""
         FORM_DENSE: FactorInverse._Form.ValueType  # 2
         """matrix is the inverse [d, d]."""
+        FORM_DIAGONAL: FactorInverse._Form.ValueType  # 3
+        """matrix is the inverse's diagonal [1, d]."""
 
     class Form(_Form, metaclass=_FormEnumTypeWrapper): ...
     FORM_UNSPECIFIED: FactorInverse.Form.ValueType  # 0
@@ -560,15 +652,20 @@ class FactorInverse(_message.Message):
     """matrix is Vᵀ [rank, d]; the inverse is (I - V Vᵀ) / damping."""
     FORM_DENSE: FactorInverse.Form.ValueType  # 2
     """matrix is the inverse [d, d]."""
+    FORM_DIAGONAL: FactorInverse.Form.ValueType  # 3
+    """matrix is the inverse's diagonal [1, d]."""
 
     FORM_FIELD_NUMBER: _builtins.int
     DAMPING_FIELD_NUMBER: _builtins.int
     MATRIX_FIELD_NUMBER: _builtins.int
     form: Global___FactorInverse.Form.ValueType
+    """What the matrix is."""
     damping: _builtins.float
-    """λ of this factor."""
+    """λ of this factor, the same for all groups."""
     @_builtins.property
-    def matrix(self) -> Global___TensorHeader: ...
+    def matrix(self) -> Global___TensorHeader:
+        """With several groups one matrix each: [groups, ...]."""
+
     def __init__(
         self,
         *,
@@ -594,10 +691,13 @@ class LayerPreconditioner(_message.Message):
     DERIVATIVES_FIELD_NUMBER: _builtins.int
     ROWS_FIELD_NUMBER: _builtins.int
     RANKS_FIELD_NUMBER: _builtins.int
+    UPDATES_FIELD_NUMBER: _builtins.int
     rows: _builtins.int
-    """n, over all ranks that are in it."""
+    """n of the newest update, over all ranks that are in it."""
     ranks: _builtins.int
-    """Ranks that are in it; fewer than the world after a timeout."""
+    """Ranks in that update; fewer than the world after a timeout."""
+    updates: _builtins.int
+    """Updates that the factors are made of; 1 without a history."""
     @_builtins.property
     def activations(self) -> Global___FactorInverse:
         """(A + λ_A I)⁻¹"""
@@ -613,10 +713,11 @@ class LayerPreconditioner(_message.Message):
         derivatives: Global___FactorInverse | None = ...,
         rows: _builtins.int = ...,
         ranks: _builtins.int = ...,
+        updates: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "derivatives", b"derivatives"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "derivatives", b"derivatives", "ranks", b"ranks", "rows", b"rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "derivatives", b"derivatives", "ranks", b"ranks", "rows", b"rows", "updates", b"updates"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -633,6 +734,7 @@ class LostVersion(_message.Message):
     reason: _builtins.str
     """"superseded", "failed", "empty" or "refused"."""
     message: _builtins.str
+    """A sentence for people."""
     def __init__(
         self,
         *,
@@ -656,11 +758,17 @@ class LayerOutcome(_message.Message):
     PRECONDITIONER_FIELD_NUMBER: _builtins.int
     LOST_FIELD_NUMBER: _builtins.int
     layer: _builtins.int
+    """Index in the session's layers."""
     step: _builtins.int
+    """Capture step."""
     @_builtins.property
-    def preconditioner(self) -> Global___LayerPreconditioner: ...
+    def preconditioner(self) -> Global___LayerPreconditioner:
+        """The version."""
+
     @_builtins.property
-    def lost(self) -> Global___LostVersion: ...
+    def lost(self) -> Global___LostVersion:
+        """There is none."""
+
     def __init__(
         self,
         *,
@@ -711,9 +819,13 @@ class StreamPreconditionersResponse(_message.Message):
     CHECKSUM_FIELD_NUMBER: _builtins.int
     PAYLOAD_FIELD_NUMBER: _builtins.int
     checksum: _builtins.int
+    """XXH3-64 of this frame's payload."""
     payload: _builtins.bytes
+    """The next bytes of the tensors."""
     @_builtins.property
-    def manifest(self) -> Global___OutcomesManifest: ...
+    def manifest(self) -> Global___OutcomesManifest:
+        """In the first frame of a batch of outcomes only."""
+
     def __init__(
         self,
         *,
@@ -728,6 +840,251 @@ class StreamPreconditionersResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StreamPreconditionersResponse: _TypeAlias = StreamPreconditionersResponse  # noqa: Y015
+
+@_typing.final
+class Moment(_message.Message):
+    """---------------------------------------------------------------- histories
+
+    The sum of one or more updates of one factor: weight · A.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Form:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _FormEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Moment._Form.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        FORM_UNSPECIFIED: Moment._Form.ValueType  # 0
+        """Never sent; refused."""
+        FORM_ROWS: Moment._Form.ValueType  # 1
+        """tensor is R [m, d]; weight · A is Rᵀ R. Any m."""
+        FORM_DENSE: Moment._Form.ValueType  # 2
+        """tensor is weight · A [d, d]."""
+        FORM_DIAGONAL: Moment._Form.ValueType  # 3
+        """tensor is the diagonal of weight · A [1, d]."""
+
+    class Form(_Form, metaclass=_FormEnumTypeWrapper): ...
+    FORM_UNSPECIFIED: Moment.Form.ValueType  # 0
+    """Never sent; refused."""
+    FORM_ROWS: Moment.Form.ValueType  # 1
+    """tensor is R [m, d]; weight · A is Rᵀ R. Any m."""
+    FORM_DENSE: Moment.Form.ValueType  # 2
+    """tensor is weight · A [d, d]."""
+    FORM_DIAGONAL: Moment.Form.ValueType  # 3
+    """tensor is the diagonal of weight · A [1, d]."""
+
+    FORM_FIELD_NUMBER: _builtins.int
+    TENSOR_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    DROPPED_FIELD_NUMBER: _builtins.int
+    form: Global___Moment.Form.ValueType
+    """What the tensor is."""
+    weight: _builtins.float
+    """Positive."""
+    dropped: _builtins.float
+    """The trace of weight · A, over all groups, that truncation has cut off. Not negative;
+    spread evenly over all eigenvalues when the factor is inverted.
+    """
+    @_builtins.property
+    def tensor(self) -> Global___TensorHeader:
+        """With several groups one matrix each: [groups, ...]."""
+
+    def __init__(
+        self,
+        *,
+        form: Global___Moment.Form.ValueType = ...,
+        tensor: Global___TensorHeader | None = ...,
+        weight: _builtins.float = ...,
+        dropped: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["tensor", b"tensor"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped", b"dropped", "form", b"form", "tensor", b"tensor", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Moment: _TypeAlias = Moment  # noqa: Y015
+
+@_typing.final
+class LayerState(_message.Message):
+    """The history of one layer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    HISTORY_FIELD_NUMBER: _builtins.int
+    DIAGONAL_FIELD_NUMBER: _builtins.int
+    UPDATES_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    ACTIVATIONS_FIELD_NUMBER: _builtins.int
+    DERIVATIVES_FIELD_NUMBER: _builtins.int
+    layer: _builtins.int
+    """Index in the session's layers."""
+    step: _builtins.int
+    """Capture step of the newest update in it."""
+    history: Global___History.ValueType
+    """That of the session."""
+    diagonal: _builtins.bool
+    """That of the layer."""
+    updates: _builtins.int
+    """Updates in it; at least 1."""
+    dtype: Global___DType.ValueType
+    """That of the rows, and so of the inverses."""
+    @_builtins.property
+    def activations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Moment]:
+        """Oldest first; one for HISTORY_EMA."""
+
+    @_builtins.property
+    def derivatives(self) -> _containers.RepeatedCompositeFieldContainer[Global___Moment]:
+        """As many."""
+
+    def __init__(
+        self,
+        *,
+        layer: _builtins.int = ...,
+        step: _builtins.int = ...,
+        history: Global___History.ValueType = ...,
+        diagonal: _builtins.bool = ...,
+        updates: _builtins.int = ...,
+        dtype: Global___DType.ValueType = ...,
+        activations: _abc.Iterable[Global___Moment] | None = ...,
+        derivatives: _abc.Iterable[Global___Moment] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "derivatives", b"derivatives", "diagonal", b"diagonal", "dtype", b"dtype", "history", b"history", "layer", b"layer", "step", b"step", "updates", b"updates"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LayerState: _TypeAlias = LayerState  # noqa: Y015
+
+@_typing.final
+class StateManifest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """Whose histories; not empty when they are imported."""
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerState]:
+        """Payload order: as listed, all activations of a layer, then its derivatives."""
+
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        layers: _abc.Iterable[Global___LayerState] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers", "session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StateManifest: _TypeAlias = StateManifest  # noqa: Y015
+
+@_typing.final
+class ExportStateRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """As OpenSession gave it."""
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportStateRequest: _TypeAlias = ExportStateRequest  # noqa: Y015
+
+@_typing.final
+class ExportStateResponse(_message.Message):
+    """Frames as in PushSnapshotsRequest."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MANIFEST_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
+    PAYLOAD_FIELD_NUMBER: _builtins.int
+    checksum: _builtins.int
+    """XXH3-64 of this frame's payload."""
+    payload: _builtins.bytes
+    """The next bytes of the tensors."""
+    @_builtins.property
+    def manifest(self) -> Global___StateManifest:
+        """In the first frame of a layer only."""
+
+    def __init__(
+        self,
+        *,
+        manifest: Global___StateManifest | None = ...,
+        checksum: _builtins.int = ...,
+        payload: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "manifest", b"manifest", "payload", b"payload"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportStateResponse: _TypeAlias = ExportStateResponse  # noqa: Y015
+
+@_typing.final
+class ImportStateRequest(_message.Message):
+    """Frames as in PushSnapshotsRequest; all manifests name the same session."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MANIFEST_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
+    PAYLOAD_FIELD_NUMBER: _builtins.int
+    checksum: _builtins.int
+    """XXH3-64 of this frame's payload."""
+    payload: _builtins.bytes
+    """The next bytes of the tensors."""
+    @_builtins.property
+    def manifest(self) -> Global___StateManifest:
+        """In the first frame of a layer only."""
+
+    def __init__(
+        self,
+        *,
+        manifest: Global___StateManifest | None = ...,
+        checksum: _builtins.int = ...,
+        payload: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "manifest", b"manifest", "payload", b"payload"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportStateRequest: _TypeAlias = ImportStateRequest  # noqa: Y015
+
+@_typing.final
+class ImportStateResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportStateResponse: _TypeAlias = ImportStateResponse  # noqa: Y015
 
 @_typing.final
 class GetStatusRequest(_message.Message):
@@ -759,8 +1116,11 @@ class LatencySummary(_message.Message):
     P50_S_FIELD_NUMBER: _builtins.int
     P99_S_FIELD_NUMBER: _builtins.int
     count: _builtins.int
+    """Latencies it is made of: the latest ones."""
     p50_s: _builtins.float
+    """Median."""
     p99_s: _builtins.float
+    """Quantile 0.99."""
     def __init__(
         self,
         *,
@@ -784,6 +1144,7 @@ class LayerStatus(_message.Message):
     NEWEST_STEP_FIELD_NUMBER: _builtins.int
     ROWS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    """As declared."""
     newest_step: _builtins.int
     """Newest version solved; absent if none."""
     rows: _builtins.int
@@ -820,17 +1181,31 @@ class SessionStatus(_message.Message):
     REFUSED_FIELD_NUMBER: _builtins.int
     QUEUED_FIELD_NUMBER: _builtins.int
     INVERSION_FIELD_NUMBER: _builtins.int
+    HISTORY_BYTES_FIELD_NUMBER: _builtins.int
     job: _builtins.str
+    """As declared."""
     world_size: _builtins.int
+    """As declared."""
     open_ranks: _builtins.int
+    """Ranks that have opened and not closed it."""
     age_s: _builtins.float
+    """Since it was opened."""
     solved: _builtins.int
+    """(layer, step)s that have a version."""
     superseded: _builtins.int
+    """Those that a newer one overtook."""
     failed: _builtins.int
+    """Those that could not be inverted."""
     refused: _builtins.int
+    """Snapshots that were refused."""
     queued: _builtins.int
+    """(layer, step)s that wait for the solver."""
+    history_bytes: _builtins.int
+    """What the histories of its layers take."""
     @_builtins.property
-    def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerStatus]: ...
+    def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerStatus]:
+        """In the session's order."""
+
     @_builtins.property
     def inversion(self) -> Global___LatencySummary:
         """From the last rank's rows to published."""
@@ -849,10 +1224,11 @@ class SessionStatus(_message.Message):
         refused: _builtins.int = ...,
         queued: _builtins.int = ...,
         inversion: Global___LatencySummary | None = ...,
+        history_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["inversion", b"inversion"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "failed", b"failed", "inversion", b"inversion", "job", b"job", "layers", b"layers", "open_ranks", b"open_ranks", "queued", b"queued", "refused", b"refused", "solved", b"solved", "superseded", b"superseded", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "failed", b"failed", "history_bytes", b"history_bytes", "inversion", b"inversion", "job", b"job", "layers", b"layers", "open_ranks", b"open_ranks", "queued", b"queued", "refused", b"refused", "solved", b"solved", "superseded", b"superseded", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -871,8 +1247,11 @@ class GetStatusResponse(_message.Message):
     device: _builtins.str
     """Where factors are inverted, e.g. "cpu" or "cuda:0"."""
     uptime_s: _builtins.float
+    """Since the engine was started."""
     @_builtins.property
-    def sessions(self) -> _containers.RepeatedCompositeFieldContainer[Global___SessionStatus]: ...
+    def sessions(self) -> _containers.RepeatedCompositeFieldContainer[Global___SessionStatus]:
+        """In the order they were opened."""
+
     def __init__(
         self,
         *,

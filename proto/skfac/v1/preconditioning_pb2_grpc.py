@@ -54,6 +54,16 @@ class PreconditioningServiceStub(object):
                 request_serializer=skfac_dot_v1_dot_preconditioning__pb2.CloseSessionRequest.SerializeToString,
                 response_deserializer=skfac_dot_v1_dot_preconditioning__pb2.CloseSessionResponse.FromString,
                 _registered_method=True)
+        self.ExportState = channel.unary_stream(
+                '/skfac.v1.PreconditioningService/ExportState',
+                request_serializer=skfac_dot_v1_dot_preconditioning__pb2.ExportStateRequest.SerializeToString,
+                response_deserializer=skfac_dot_v1_dot_preconditioning__pb2.ExportStateResponse.FromString,
+                _registered_method=True)
+        self.ImportState = channel.stream_unary(
+                '/skfac.v1.PreconditioningService/ImportState',
+                request_serializer=skfac_dot_v1_dot_preconditioning__pb2.ImportStateRequest.SerializeToString,
+                response_deserializer=skfac_dot_v1_dot_preconditioning__pb2.ImportStateResponse.FromString,
+                _registered_method=True)
         self.GetStatus = channel.unary_unary(
                 '/skfac.v1.PreconditioningService/GetStatus',
                 request_serializer=skfac_dot_v1_dot_preconditioning__pb2.GetStatusRequest.SerializeToString,
@@ -100,6 +110,30 @@ class PreconditioningServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExportState(self, request, context):
+        """Sends the histories of a session's layers: what was folded into them when the call
+        came, so wait for outcomes first. A session of HISTORY_SNAPSHOT has none. A sender
+        puts one layer into a manifest; there is at least one manifest. Histories are soft
+        state: a session that is opened anew after its server was lost begins without, which
+        shows as `updates` that fall.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ImportState(self, request_iterator, context):
+        """Replaces the histories of a session by exported ones, all of them or, on an error,
+        none; takes frames as ExportState sends them. Only before the first (layer, step) of
+        the session is complete, FAILED_PRECONDITION from then on: so one rank should import
+        before it pushes. Until then importing again is safe. Afterwards rows must be of a
+        later step than the history of their layer.
+        INVALID_ARGUMENT if a form, dtype, shape or number does not fit the session,
+        RESOURCE_EXHAUSTED if the state is over the server's max_history_bytes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetStatus(self, request, context):
         """What the server holds and how fast it is.
         """
@@ -129,6 +163,16 @@ def add_PreconditioningServiceServicer_to_server(servicer, server):
                     servicer.CloseSession,
                     request_deserializer=skfac_dot_v1_dot_preconditioning__pb2.CloseSessionRequest.FromString,
                     response_serializer=skfac_dot_v1_dot_preconditioning__pb2.CloseSessionResponse.SerializeToString,
+            ),
+            'ExportState': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportState,
+                    request_deserializer=skfac_dot_v1_dot_preconditioning__pb2.ExportStateRequest.FromString,
+                    response_serializer=skfac_dot_v1_dot_preconditioning__pb2.ExportStateResponse.SerializeToString,
+            ),
+            'ImportState': grpc.stream_unary_rpc_method_handler(
+                    servicer.ImportState,
+                    request_deserializer=skfac_dot_v1_dot_preconditioning__pb2.ImportStateRequest.FromString,
+                    response_serializer=skfac_dot_v1_dot_preconditioning__pb2.ImportStateResponse.SerializeToString,
             ),
             'GetStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStatus,
@@ -244,6 +288,60 @@ class PreconditioningService(object):
             '/skfac.v1.PreconditioningService/CloseSession',
             skfac_dot_v1_dot_preconditioning__pb2.CloseSessionRequest.SerializeToString,
             skfac_dot_v1_dot_preconditioning__pb2.CloseSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportState(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/skfac.v1.PreconditioningService/ExportState',
+            skfac_dot_v1_dot_preconditioning__pb2.ExportStateRequest.SerializeToString,
+            skfac_dot_v1_dot_preconditioning__pb2.ExportStateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ImportState(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/skfac.v1.PreconditioningService/ImportState',
+            skfac_dot_v1_dot_preconditioning__pb2.ImportStateRequest.SerializeToString,
+            skfac_dot_v1_dot_preconditioning__pb2.ImportStateResponse.FromString,
             options,
             channel_credentials,
             insecure,

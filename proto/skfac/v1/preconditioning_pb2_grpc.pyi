@@ -3,15 +3,21 @@
 isort:skip_file
 The contract between training workers and preconditioning servers.
 
-A job opens a session, one call a rank. Every `update_every` steps each rank pushes
-a snapshot: the rows of both Kronecker factors of its layers. Once the rows of all
-ranks for a (layer, step) are in, the server inverts both factors once, and streams
-the result to every rank. A version IS the step its rows were captured at.
+A job opens a session, one call a rank. Every `update_every` steps or more each rank
+pushes a snapshot: the rows of both Kronecker factors of its layers. Once the rows of
+all ranks for a (layer, step) are in, the server adds them to the history of the layer
+if the session has one, inverts both factors once, and streams the result to every
+rank. A version IS the step its rows were captured at.
+
+The history of a layer depends on the sequence of its complete (layer, step)s only: a
+superseded one has no version, but its rows are in the versions that follow.
 
 Typical sequence of one rank:
   OpenSession
   StreamPreconditioners   stays open: [manifest + payload] [payload] [manifest + ...
+  ImportState             only after a restart from a checkpoint
   PushSnapshots           stays open: [manifest + payload] [payload] ... -> ack, ...
+  ExportState             for a checkpoint
   CloseSession
 
 Statuses, and what to do: UNAVAILABLE, CANCELLED, DEADLINE_EXCEEDED: reconnect and
@@ -68,6 +74,22 @@ class PreconditioningServiceStub:
     """
     CloseSession: _grpc.UnaryUnaryMultiCallable[_preconditioning_pb2.CloseSessionRequest, _preconditioning_pb2.CloseSessionResponse]
     """Takes one rank out of a session; the last rank closes it. Idempotent."""
+    ExportState: _grpc.UnaryStreamMultiCallable[_preconditioning_pb2.ExportStateRequest, _preconditioning_pb2.ExportStateResponse]
+    """Sends the histories of a session's layers: what was folded into them when the call
+    came, so wait for outcomes first. A session of HISTORY_SNAPSHOT has none. A sender
+    puts one layer into a manifest; there is at least one manifest. Histories are soft
+    state: a session that is opened anew after its server was lost begins without, which
+    shows as `updates` that fall.
+    """
+    ImportState: _grpc.StreamUnaryMultiCallable[_preconditioning_pb2.ImportStateRequest, _preconditioning_pb2.ImportStateResponse]
+    """Replaces the histories of a session by exported ones, all of them or, on an error,
+    none; takes frames as ExportState sends them. Only before the first (layer, step) of
+    the session is complete, FAILED_PRECONDITION from then on: so one rank should import
+    before it pushes. Until then importing again is safe. Afterwards rows must be of a
+    later step than the history of their layer.
+    INVALID_ARGUMENT if a form, dtype, shape or number does not fit the session,
+    RESOURCE_EXHAUSTED if the state is over the server's max_history_bytes.
+    """
     GetStatus: _grpc.UnaryUnaryMultiCallable[_preconditioning_pb2.GetStatusRequest, _preconditioning_pb2.GetStatusResponse]
     """What the server holds and how fast it is."""
 
@@ -93,6 +115,22 @@ class PreconditioningServiceAsyncStub(PreconditioningServiceStub):
     """
     CloseSession: _aio.UnaryUnaryMultiCallable[_preconditioning_pb2.CloseSessionRequest, _preconditioning_pb2.CloseSessionResponse]  # type: ignore[assignment]
     """Takes one rank out of a session; the last rank closes it. Idempotent."""
+    ExportState: _aio.UnaryStreamMultiCallable[_preconditioning_pb2.ExportStateRequest, _preconditioning_pb2.ExportStateResponse]  # type: ignore[assignment]
+    """Sends the histories of a session's layers: what was folded into them when the call
+    came, so wait for outcomes first. A session of HISTORY_SNAPSHOT has none. A sender
+    puts one layer into a manifest; there is at least one manifest. Histories are soft
+    state: a session that is opened anew after its server was lost begins without, which
+    shows as `updates` that fall.
+    """
+    ImportState: _aio.StreamUnaryMultiCallable[_preconditioning_pb2.ImportStateRequest, _preconditioning_pb2.ImportStateResponse]  # type: ignore[assignment]
+    """Replaces the histories of a session by exported ones, all of them or, on an error,
+    none; takes frames as ExportState sends them. Only before the first (layer, step) of
+    the session is complete, FAILED_PRECONDITION from then on: so one rank should import
+    before it pushes. Until then importing again is safe. Afterwards rows must be of a
+    later step than the history of their layer.
+    INVALID_ARGUMENT if a form, dtype, shape or number does not fit the session,
+    RESOURCE_EXHAUSTED if the state is over the server's max_history_bytes.
+    """
     GetStatus: _aio.UnaryUnaryMultiCallable[_preconditioning_pb2.GetStatusRequest, _preconditioning_pb2.GetStatusResponse]  # type: ignore[assignment]
     """What the server holds and how fast it is."""
 
@@ -139,6 +177,34 @@ class PreconditioningServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_preconditioning_pb2.CloseSessionResponse, _abc.Awaitable[_preconditioning_pb2.CloseSessionResponse]]:
         """Takes one rank out of a session; the last rank closes it. Idempotent."""
+
+    @_abc_1.abstractmethod
+    def ExportState(
+        self,
+        request: _preconditioning_pb2.ExportStateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_preconditioning_pb2.ExportStateResponse], _abc.AsyncIterator[_preconditioning_pb2.ExportStateResponse]]:
+        """Sends the histories of a session's layers: what was folded into them when the call
+        came, so wait for outcomes first. A session of HISTORY_SNAPSHOT has none. A sender
+        puts one layer into a manifest; there is at least one manifest. Histories are soft
+        state: a session that is opened anew after its server was lost begins without, which
+        shows as `updates` that fall.
+        """
+
+    @_abc_1.abstractmethod
+    def ImportState(
+        self,
+        request_iterator: _MaybeAsyncIterator[_preconditioning_pb2.ImportStateRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_preconditioning_pb2.ImportStateResponse, _abc.Awaitable[_preconditioning_pb2.ImportStateResponse]]:
+        """Replaces the histories of a session by exported ones, all of them or, on an error,
+        none; takes frames as ExportState sends them. Only before the first (layer, step) of
+        the session is complete, FAILED_PRECONDITION from then on: so one rank should import
+        before it pushes. Until then importing again is safe. Afterwards rows must be of a
+        later step than the history of their layer.
+        INVALID_ARGUMENT if a form, dtype, shape or number does not fit the session,
+        RESOURCE_EXHAUSTED if the state is over the server's max_history_bytes.
+        """
 
     @_abc_1.abstractmethod
     def GetStatus(

@@ -1,20 +1,31 @@
 """Values <-> messages: sessions, snapshots and outcomes."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
 
-import torch
-from google.protobuf.message import DecodeError, Message
 from torch import Tensor
 
 from skfac.curvature.damping import DampingSplit
-from skfac.curvature.inverse import DenseInverse, FactorInverse, LowRankInverse
+from skfac.curvature.inverse import (
+    DenseInverse,
+    DiagonalInverse,
+    FactorInverse,
+    LowRankInverse,
+)
 from skfac.curvature.layer import LayerPreconditioner
+from skfac.curvature.settings import CurvatureSettings
 from skfac.v1 import preconditioning_pb2 as pb
 from skfac.wire.errors import InvalidRequestError
 from skfac.wire.frames import encode_frames
+from skfac.wire.messages import (
+    HISTORIES,
+    code_of,
+    decode_header,
+    encode_header,
+    meaning_of,
+    parse,
+)
 from skfac.wire.outcome import Loss, LossReason, Outcome, Version
-from skfac.wire.session import History, LayerSpec, OnLate, SessionSpec
+from skfac.wire.session import LayerSpec, OnLate, SessionSpec
 from skfac.wire.snapshot import (
     LayerRows,
     RowsHeader,
@@ -23,19 +34,22 @@ from skfac.wire.snapshot import (
     TensorHeader,
 )
 
-DTYPES: "dict[pb.DType.ValueType, torch.dtype]" = {
-    pb.DTYPE_FLOAT32: torch.float32,
-    pb.DTYPE_FLOAT64: torch.float64,
-}
 _SPLITS: "dict[pb.DampingSplit.ValueType, DampingSplit]" = {
     pb.DAMPING_SPLIT_PI: "pi",
     pb.DAMPING_SPLIT_EQUAL: "equal",
 }
-_HISTORIES: "dict[pb.History.ValueType, History]" = {pb.HISTORY_SNAPSHOT: "snapshot"}
 _ON_LATE: "dict[pb.OnLate.ValueType, OnLate]" = {
     pb.ON_LATE_KEEP: "keep",
     pb.ON_LATE_WAIT: "wait",
     pb.ON_LATE_RAISE: "raise",
+}
+_FORMS: """dict[
+    pb.FactorInverse.Form.ValueType,
+    type[LowRankInverse] | type[DenseInverse] | type[DiagonalInverse],
+]""" = {
+    pb.FactorInverse.FORM_LOW_RANK: LowRankInverse,
+    pb.FactorInverse.FORM_DENSE: DenseInverse,
+    pb.FactorInverse.FORM_DIAGONAL: DiagonalInverse,
 }
 _LOSS_REASONS: dict[str, LossReason] = {
     "superseded": "superseded",
@@ -45,10 +59,6 @@ _LOSS_REASONS: dict[str, LossReason] = {
 }
 
 _OUTCOMES_PER_MANIFEST = 256  # so that no manifest outgrows a frame
-
-_M = TypeVar("_M", bound=Message)
-_C = TypeVar("_C", bound=int)
-_V = TypeVar("_V")
 
 
 # ------------------------------------------------------------------- sessions
@@ -71,14 +81,16 @@ def encode_session(spec: SessionSpec) -> pb.SessionSpec:
                 d_in=layer.d_in,
                 d_out=layer.d_out,
                 bias=layer.bias,
+                groups=layer.groups,
+                diagonal=layer.diagonal,
             )
             for layer in spec.layers
         ],
-        damping_split=_code(_SPLITS, spec.damping_split),
-        history=_code(_HISTORIES, spec.history),
+        damping_split=code_of(_SPLITS, spec.damping_split),
+        history=code_of(HISTORIES, spec.history),
         update_every=spec.update_every,
         lag=spec.lag,
-        on_late=_code(_ON_LATE, spec.on_late),
+        on_late=code_of(_ON_LATE, spec.on_late),
     )
 
 
@@ -95,15 +107,12 @@ def decode_session(message: pb.SessionSpec) -> SessionSpec:
         job=message.job,
         instance=message.instance,
         world_size=message.world_size,
-        layers=tuple(
-            LayerSpec(layer.name, layer.kind, layer.d_in, layer.d_out, layer.bias)
-            for layer in message.layers
-        ),
-        damping_split=_meaning(_SPLITS, message.damping_split, "damping_split"),
-        history=_meaning(_HISTORIES, message.history, "history"),
+        layers=tuple(map(_decode_layer, message.layers)),
+        damping_split=meaning_of(_SPLITS, message.damping_split, "damping_split"),
+        history=meaning_of(HISTORIES, message.history, "history"),
         update_every=message.update_every,
         lag=message.lag,
-        on_late=_meaning(_ON_LATE, message.on_late, "on_late"),
+        on_late=meaning_of(_ON_LATE, message.on_late, "on_late"),
     )
 
 
@@ -120,12 +129,12 @@ def encode_snapshot(session_id: str, snapshot: Snapshot) -> Iterator[bytes]:
         session_id=session_id,
         rank=snapshot.rank,
         step=snapshot.step,
-        damping=snapshot.damping,
+        settings=_encode_settings(snapshot.settings),
         layers=[
             pb.LayerRows(
                 layer=rows.layer,
-                activations=_encode_header(rows.activations),
-                derivatives=_encode_header(rows.derivatives),
+                activations=encode_header(rows.activations),
+                derivatives=encode_header(rows.derivatives),
             )
             for rows in snapshot.layers
         ],
@@ -133,26 +142,41 @@ def encode_snapshot(session_id: str, snapshot: Snapshot) -> Iterator[bytes]:
     return encode_frames(manifest.SerializeToString(), snapshot.tensors)
 
 
-def decode_snapshot_manifest(data: memoryview) -> tuple[str, SnapshotHeader]:
+def parse_snapshot_manifest(data: memoryview) -> pb.SnapshotManifest:
     """Read the manifest of a snapshot.
 
     Returns:
-        The session it belongs to, and what it declares.
+        The message for `decode_snapshot_header`.
 
     Raises:
-        InvalidRequestError: If the message is malformed or names an unknown dtype.
+        InvalidRequestError: If the message is malformed.
     """
-    message = _parse(pb.SnapshotManifest, data)
+    return parse(pb.SnapshotManifest, data)
+
+
+def decode_snapshot_header(message: pb.SnapshotManifest) -> SnapshotHeader:
+    """Read what the manifest of a snapshot declares.
+
+    Returns:
+        The declaration.
+
+    Raises:
+        InvalidRequestError: If a dtype is unknown or a setting out of range.
+    """
     layers = tuple(
         RowsHeader(
             rows.layer,
-            _decode_header(rows.activations),
-            _decode_header(rows.derivatives),
+            decode_header(rows.activations),
+            decode_header(rows.derivatives),
         )
         for rows in message.layers
     )
-    header = SnapshotHeader(message.rank, message.step, message.damping, layers)
-    return message.session_id, header
+    try:
+        settings = _decode_settings(message.settings)
+    except ValueError as error:
+        text = f"The settings of step {message.step} are wrong: {error}"
+        raise InvalidRequestError(text) from None
+    return SnapshotHeader(message.rank, message.step, settings, layers)
 
 
 def build_snapshot(header: SnapshotHeader, tensors: Sequence[Tensor]) -> Snapshot:
@@ -172,7 +196,7 @@ def build_snapshot(header: SnapshotHeader, tensors: Sequence[Tensor]) -> Snapsho
             header.layers, pairs, strict=True
         )
     )
-    return Snapshot(header.rank, header.step, header.damping, tuple(rows))
+    return Snapshot(header.rank, header.step, header.settings, tuple(rows))
 
 
 # ------------------------------------------------------------------- outcomes
@@ -203,14 +227,14 @@ def decode_outcomes_manifest(
     Raises:
         InvalidRequestError: If the message is malformed or names an unknown dtype.
     """
-    message = _parse(pb.OutcomesManifest, data)
+    message = parse(pb.OutcomesManifest, data)
     inverses = (
         outcome.preconditioner
         for outcome in message.outcomes
         if outcome.HasField("preconditioner")
     )
     headers = [
-        _decode_header(inverse.matrix)
+        decode_header(inverse.matrix)
         for both in inverses
         for inverse in (both.activations, both.derivatives)
     ]
@@ -248,6 +272,7 @@ def _encode_outcome(outcome: Outcome) -> pb.LayerOutcome:
         derivatives=_encode_inverse(outcome.preconditioner.derivatives),
         rows=outcome.rows,
         ranks=outcome.ranks,
+        updates=outcome.updates,
     )
     return pb.LayerOutcome(
         layer=outcome.layer, step=outcome.step, preconditioner=preconditioner
@@ -267,59 +292,50 @@ def _decode_outcome(message: pb.LayerOutcome, tensors: Iterator[Tensor]) -> Outc
         activations=_decode_inverse(inverses.activations, next(tensors)),
         derivatives=_decode_inverse(inverses.derivatives, next(tensors)),
     )
-    return Version(
-        message.layer, message.step, preconditioner, inverses.rows, inverses.ranks
-    )
+    counts = inverses.rows, inverses.ranks, inverses.updates
+    return Version(message.layer, message.step, preconditioner, *counts)
 
 
 def _encode_inverse(inverse: FactorInverse) -> pb.FactorInverse:
-    low_rank = isinstance(inverse, LowRankInverse)
-    forms = pb.FactorInverse
+    form = next(code for code, kind in _FORMS.items() if isinstance(inverse, kind))
     return pb.FactorInverse(
-        form=pb.FactorInverse.FORM_LOW_RANK if low_rank else forms.FORM_DENSE,
-        damping=inverse.damping,
-        matrix=_encode_header(inverse.tensor),
+        form=form, damping=inverse.damping, matrix=encode_header(inverse.tensor)
     )
 
 
 def _decode_inverse(message: pb.FactorInverse, matrix: Tensor) -> FactorInverse:
-    if message.form == pb.FactorInverse.FORM_LOW_RANK:
-        return LowRankInverse(matrix, message.damping)
-    if message.form == pb.FactorInverse.FORM_DENSE:
-        return DenseInverse(matrix, message.damping)
-    raise InvalidRequestError(f"Unknown form {message.form} of an inverse.")
+    if message.form not in _FORMS:
+        raise InvalidRequestError(f"Unknown form {message.form} of an inverse.")
+    return _FORMS[message.form](matrix, message.damping)
 
 
-def _encode_header(tensor: Tensor) -> pb.TensorHeader:
-    if tensor.dtype not in DTYPES.values():
-        raise InvalidRequestError(f"Cannot send tensors of {tensor.dtype}.")
-    return pb.TensorHeader(dtype=_code(DTYPES, tensor.dtype), shape=tensor.shape)
+def _decode_layer(message: pb.LayerSpec) -> LayerSpec:
+    return LayerSpec(
+        name=message.name,
+        kind=message.kind,
+        d_in=message.d_in,
+        d_out=message.d_out,
+        bias=message.bias,
+        groups=message.groups,
+        diagonal=message.diagonal,
+    )
 
 
-def _decode_header(message: pb.TensorHeader) -> TensorHeader:
-    dtype = DTYPES.get(message.dtype)
-    if dtype is None:
-        raise InvalidRequestError(
-            f"Unknown dtype code {message.dtype}; float32 is {pb.DTYPE_FLOAT32} and "
-            f"float64 is {pb.DTYPE_FLOAT64}."
-        )
-    return TensorHeader(dtype, tuple(message.shape))
+def _encode_settings(settings: CurvatureSettings) -> pb.CurvatureSettings:
+    return pb.CurvatureSettings(
+        damping=settings.damping,
+        decay=settings.decay,
+        window=settings.window,
+        rank=settings.rank or 0,
+        energy=settings.energy,
+    )
 
 
-def _parse(kind: type[_M], data: memoryview) -> _M:
-    message = kind()
-    try:
-        message.ParseFromString(data)  # type: ignore[arg-type]  # views are accepted
-    except DecodeError as error:
-        raise InvalidRequestError(f"A {kind.__name__} is malformed: {error}.") from None
-    return message
-
-
-def _code(meanings: Mapping[_C, _V], meaning: _V) -> _C:
-    return next(code for code, known in meanings.items() if known == meaning)
-
-
-def _meaning(meanings: Mapping[_C, _V], code: _C, field: str) -> _V:
-    if code not in meanings:
-        raise InvalidRequestError(f"Unknown {field} code {code}.")
-    return meanings[code]
+def _decode_settings(message: pb.CurvatureSettings) -> CurvatureSettings:
+    return CurvatureSettings(
+        damping=message.damping,
+        decay=message.decay,
+        window=message.window,
+        rank=message.rank or None,
+        energy=message.energy,
+    )

@@ -41,7 +41,7 @@ class SessionNotFoundError(ServiceError):
 
 
 class SessionMismatchError(ServiceError):
-    """A rank whose specification or step contradicts its session."""
+    """A rank whose specification, step or state contradicts its session."""
 
 
 class LimitExceededError(ServiceError):

@@ -16,8 +16,10 @@ class Version:
         layer: Index in the session's layers.
         step: Capture step.
         preconditioner: Both damped inverses.
-        rows: Rows that the factors are made of, over all ranks.
-        ranks: Ranks whose rows are in it.
+        rows: Rows of the newest update, over all ranks.
+        ranks: Ranks whose rows are in that update.
+        updates: Updates that the factors are made of; it falls when a server that was
+            restarted begins a new history.
     """
 
     layer: int
@@ -25,6 +27,7 @@ class Version:
     preconditioner: LayerPreconditioner
     rows: int
     ranks: int
+    updates: int
 
 
 @dataclass(frozen=True)

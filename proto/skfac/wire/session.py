@@ -4,9 +4,9 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from skfac.curvature.damping import DampingSplit
+from skfac.curvature.settings import History
 from skfac.wire.errors import InvalidRequestError
 
-History = Literal["snapshot"]
 OnLate = Literal["keep", "wait", "raise"]
 
 MAX_JOB_LENGTH = 200
@@ -16,7 +16,10 @@ MAX_NAME_LENGTH = 1000
 """Of a layer's name."""
 
 MAX_EXTENT = 2**40
-"""Of a weight, far beyond any model and far below what overflows."""
+"""Of a weight with all groups, far beyond any model and far below what overflows."""
+
+MAX_WINDOW = 10_000
+"""Updates that a history may hold one by one, so that a frame can name them."""
 
 MAX_IN_FLIGHT = 64
 """Versions of a layer that both ends may have to keep at once."""
@@ -28,10 +31,13 @@ class LayerSpec:
 
     Attributes:
         name: Qualified module name, unique in the session.
-        kind: `"linear"` or `"conv2d"`.
-        d_in: Columns of the weight matrix, the bias column included. At least 1.
-        d_out: Rows of the weight matrix. At least 1.
+        kind: `"linear"`, `"hf_conv1d"`, `"conv1d"` to `"conv3d"`,
+            `"conv_transpose1d"` to `"conv_transpose3d"` or `"embedding"`.
+        d_in: Columns of a group's weight matrix, the bias column included. At least 1.
+        d_out: Rows of a group's weight matrix. At least 1.
         bias: Whether the last column is the bias.
+        groups: Weight matrices, one for each group of channels. At least 1.
+        diagonal: Whether the activation factor is diagonal; such a layer has one group.
     """
 
     name: str
@@ -39,6 +45,8 @@ class LayerSpec:
     d_in: int
     d_out: int
     bias: bool
+    groups: int = 1
+    diagonal: bool = False
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -53,6 +61,22 @@ class LayerSpec:
                 f"Layer {self.name!r} declares a {self.d_out} × {self.d_in} weight; "
                 f"both extents must be from 1 to {MAX_EXTENT}."
             )
+        if not 1 <= self.groups * max(self.d_in, self.d_out) <= MAX_EXTENT:
+            raise InvalidRequestError(
+                f"Layer {self.name!r} declares {self.groups} groups of a {self.d_out} "
+                f"× {self.d_in} weight; there is at least one group, and all of them "
+                f"together have extents up to {MAX_EXTENT}."
+            )
+        if self.diagonal and self.groups > 1:
+            raise InvalidRequestError(
+                f"Layer {self.name!r} declares a diagonal activation factor and "
+                f"{self.groups} groups; a diagonal layer has one group."
+            )
+
+    @property
+    def block_shape(self) -> tuple[int, ...]:
+        """What the shapes of the layer's tensors begin with: nothing, or the groups."""
+        return () if self.groups == 1 else (self.groups,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +89,9 @@ class SessionSpec:
         world_size: Ranks that push rows. At least 1.
         layers: The layers, in the order that indices refer to.
         damping_split: How λ is shared by the two factors.
-        history: Which rows a factor is made of.
-        update_every: Steps between two snapshots. At least 1.
+        history: Which updates a factor is made of.
+        update_every: The smallest number of steps between two snapshots, which may
+            vary. At least 1.
         lag: Steps from the capture of a version to its first use.
         on_late: What the trainer does about a version that misses its deadline.
     """

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from skfac.curvature.settings import CurvatureSettings
+
 
 @dataclass(frozen=True)
 class TensorHeader:
@@ -37,6 +39,11 @@ class RowsHeader:
     activations: TensorHeader
     derivatives: TensorHeader
 
+    @property
+    def count(self) -> int:
+        """The examples `n` that the factors are divided by."""
+        return self.derivatives.shape[-2]
+
 
 @dataclass(frozen=True)
 class SnapshotHeader:
@@ -44,7 +51,7 @@ class SnapshotHeader:
 
     rank: int
     step: int
-    damping: float
+    settings: CurvatureSettings
     layers: tuple[RowsHeader, ...]
 
     @property
@@ -57,15 +64,28 @@ class SnapshotHeader:
 class LayerRows:
     """The rows of both factors of one layer.
 
+    With several groups both shapes have the groups in front: `[groups, n, d]`.
+
     Attributes:
         layer: Index in the session's layers.
-        activations: Shape `[n, d_in]`, the bias column included.
+        activations: Shape `[n, d_in]`, the bias column included; `[m, d_in]` with any
+            `m` if the layer's activation factor is diagonal.
         derivatives: Shape `[n, d_out]`, of the loss of one example each.
     """
 
     layer: int
     activations: Tensor
     derivatives: Tensor
+
+    @property
+    def count(self) -> int:
+        """The examples `n` that the factors are divided by."""
+        return self.derivatives.shape[-2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both tensors."""
+        return self.activations.nbytes + self.derivatives.nbytes
 
     @property
     def header(self) -> RowsHeader:
@@ -84,20 +104,20 @@ class Snapshot:
     Attributes:
         rank: Who captured it.
         step: Step of the backward that the derivatives come from.
-        damping: λ of the Kronecker product at this step.
+        settings: How the rows are weighed, compressed and damped.
         layers: Rows by layer; a layer that got no data is absent.
     """
 
     rank: int
     step: int
-    damping: float
+    settings: CurvatureSettings
     layers: tuple[LayerRows, ...]
 
     @property
     def header(self) -> SnapshotHeader:
         """What is known of this snapshot before its payload is there."""
         headers = tuple(rows.header for rows in self.layers)
-        return SnapshotHeader(self.rank, self.step, self.damping, headers)
+        return SnapshotHeader(self.rank, self.step, self.settings, headers)
 
     @property
     def tensors(self) -> list[Tensor]:

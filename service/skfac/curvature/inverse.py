@@ -6,7 +6,8 @@ The factor is `A = Xᵀ X / n` for rows `X: [n, d]`. With `n < d` it has rank at
     (A + λ I)⁻¹ = (I - V Vᵀ) / λ,    V = U L⁻ᵀ,
 
 so the `d × d` inverse is never formed, sent or applied. Otherwise the `d × d` matrix
-is inverted by Cholesky.
+is inverted by Cholesky. With groups the factor is block diagonal: all of this holds
+for each block, under one damping.
 
 Source: Tang et al., "SKFAC: Training Neural Networks with Faster
 Kronecker-Factored Approximate Curvature", CVPR 2021. Deviation: products and
@@ -20,6 +21,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from skfac.curvature.factor import Moment, moment_of
 
 # A result is refused when rounding it to its dtype could cost this share of the
 # smallest eigenvalue; past that the inverse may not be positive definite any more.
@@ -36,7 +39,7 @@ class FactorInverse(Protocol):
 
     @property
     def dim(self) -> int:
-        """The factor's size `d`."""
+        """The size `d` of the factor, or of one group's block of it."""
 
     @property
     def tensor(self) -> Tensor:
@@ -46,10 +49,10 @@ class FactorInverse(Protocol):
         """The same inverse held in another tensor, such as a copy elsewhere."""
 
     def left(self, matrix: Tensor) -> Tensor:
-        """Multiply the inverse from the left onto `matrix` of shape `[d, columns]`."""
+        """Multiply the inverse from the left onto `[*groups, d, columns]`."""
 
     def right(self, matrix: Tensor) -> Tensor:
-        """Multiply the inverse from the right onto `matrix` of shape `[rows, d]`."""
+        """Multiply the inverse from the right onto `[*groups, rows, d]`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,17 +60,17 @@ class LowRankInverse:
     """`(A + λ I)⁻¹ = (I - V Vᵀ) / λ`.
 
     Attributes:
-        basis: `Vᵀ`, shape `[n, d]`: rows like the ones it came from.
+        basis: `Vᵀ`, shape `[*groups, n, d]`: rows like the ones it came from.
         damping: `λ > 0`, in the units of the factor.
     """
 
-    basis: Float[Tensor, "rank dim"]
+    basis: Float[Tensor, "*groups rank dim"]
     damping: float
 
     @property
     def dim(self) -> int:
-        """The factor's size `d`."""
-        return self.basis.shape[1]
+        """The size `d` of the factor, or of one group's block of it."""
+        return self.basis.shape[-1]
 
     @property
     def tensor(self) -> Tensor:
@@ -83,24 +86,30 @@ class LowRankInverse:
         return replace(self, basis=tensor)
 
     def left(
-        self, matrix: Float[Tensor, "dim columns"]
-    ) -> Float[Tensor, "dim columns"]:
+        self, matrix: Float[Tensor, "*groups dim columns"]
+    ) -> Float[Tensor, "*groups dim columns"]:
         """Multiply from the left in `4·n·d·columns` operations.
 
         Returns:
             `(A + λ I)⁻¹ matrix`.
         """
         inner = self.basis @ matrix
-        return torch.addmm(matrix, self.basis.T, inner, alpha=-1).div_(self.damping)
+        return self._rest(matrix, self.basis.mT, inner)
 
-    def right(self, matrix: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows dim"]:
+    def right(
+        self, matrix: Float[Tensor, "*groups rows dim"]
+    ) -> Float[Tensor, "*groups rows dim"]:
         """Multiply from the right in `4·n·d·rows` operations.
 
         Returns:
             `matrix (A + λ I)⁻¹`.
         """
-        inner = matrix @ self.basis.T
-        return torch.addmm(matrix, inner, self.basis, alpha=-1).div_(self.damping)
+        inner = matrix @ self.basis.mT
+        return self._rest(matrix, inner, self.basis)
+
+    def _rest(self, matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        subtract = torch.addmm if matrix.ndim == 2 else torch.baddbmm
+        return subtract(matrix, left, right, alpha=-1).div_(self.damping)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,17 +117,17 @@ class DenseInverse:
     """`(A + λ I)⁻¹` as an explicit symmetric matrix, for `n >= d`.
 
     Attributes:
-        matrix: The inverse, shape `[d, d]`.
+        matrix: The inverse, shape `[*groups, d, d]`.
         damping: `λ > 0`, in the units of the factor.
     """
 
-    matrix: Float[Tensor, "dim dim"]
+    matrix: Float[Tensor, "*groups dim dim"]
     damping: float
 
     @property
     def dim(self) -> int:
-        """The factor's size `d`."""
-        return self.matrix.shape[0]
+        """The size `d` of the factor, or of one group's block of it."""
+        return self.matrix.shape[-1]
 
     @property
     def tensor(self) -> Tensor:
@@ -134,8 +143,8 @@ class DenseInverse:
         return replace(self, matrix=tensor)
 
     def left(
-        self, matrix: Float[Tensor, "dim columns"]
-    ) -> Float[Tensor, "dim columns"]:
+        self, matrix: Float[Tensor, "*groups dim columns"]
+    ) -> Float[Tensor, "*groups dim columns"]:
         """Multiply from the left.
 
         Returns:
@@ -143,7 +152,9 @@ class DenseInverse:
         """
         return self.matrix @ matrix
 
-    def right(self, matrix: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows dim"]:
+    def right(
+        self, matrix: Float[Tensor, "*groups rows dim"]
+    ) -> Float[Tensor, "*groups rows dim"]:
         """Multiply from the right.
 
         Returns:
@@ -152,7 +163,58 @@ class DenseInverse:
         return matrix @ self.matrix
 
 
-def invert_factor(rows: Float[Tensor, "n dim"], *, damping: float) -> FactorInverse:
+@dataclass(frozen=True, eq=False)
+class DiagonalInverse:
+    """`(A + λ I)⁻¹` of a diagonal factor.
+
+    Attributes:
+        diagonal: The inverse's diagonal `1 / (a + λ)`, shape `[1, d]`.
+        damping: `λ > 0`, in the units of the factor.
+    """
+
+    diagonal: Float[Tensor, "1 dim"]
+    damping: float
+
+    @property
+    def dim(self) -> int:
+        """The factor's size `d`."""
+        return self.diagonal.shape[-1]
+
+    @property
+    def tensor(self) -> Tensor:
+        """The inverse's diagonal, as a row."""
+        return self.diagonal
+
+    def with_tensor(self, tensor: Tensor) -> "DiagonalInverse":
+        """Hold the inverse in another tensor.
+
+        Returns:
+            An inverse with the same damping.
+        """
+        return replace(self, diagonal=tensor)
+
+    def left(
+        self, matrix: Float[Tensor, "dim columns"]
+    ) -> Float[Tensor, "dim columns"]:
+        """Multiply from the left.
+
+        Returns:
+            `(A + λ I)⁻¹ matrix`.
+        """
+        return self.diagonal.mT * matrix
+
+    def right(self, matrix: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows dim"]:
+        """Multiply from the right.
+
+        Returns:
+            `matrix (A + λ I)⁻¹`.
+        """
+        return matrix * self.diagonal
+
+
+def invert_factor(
+    rows: Float[Tensor, "*groups n dim"], *, damping: float
+) -> FactorInverse:
     """Invert the damped second moment `Xᵀ X / n + λ I` of `rows`.
 
     Args:
@@ -164,27 +226,66 @@ def invert_factor(rows: Float[Tensor, "n dim"], *, damping: float) -> FactorInve
         dtype of `rows`.
 
     Raises:
-        ValueError: If there are no rows or `damping` is not positive.
+        ValueError: If there are no rows, they are not finite, or `damping` is not
+            positive.
         torch.linalg.LinAlgError: If the damped factor is not positive definite, or so
             badly conditioned that the inverse would not be in the dtype of `rows`.
     """
-    count, dim = rows.shape
-    if count == 0:
-        raise ValueError(
-            f"A factor needs at least one row, got shape ({count}, {dim})."
-        )
+    moment = moment_of(rows, count=rows.shape[-2])
+    return invert_moment(moment, damping=damping, dtype=rows.dtype)
+
+
+def invert_moment(
+    moment: Moment, *, damping: float, dtype: torch.dtype
+) -> FactorInverse:
+    """Invert the damped factor of a moment.
+
+    Args:
+        moment: `weight · A`.
+        damping: `λ > 0`, added to every eigenvalue of the factor. So is what `moment`
+            says to have dropped, which leaves the trace of the factor as it was.
+        dtype: What the result is rounded to.
+
+    Returns:
+        A `LowRankInverse` of fewer rows than `d`, a `DiagonalInverse` of a diagonal,
+        else a `DenseInverse`; on the device of `moment`.
+
+    Raises:
+        ValueError: If `damping` is not positive.
+        torch.linalg.LinAlgError: If the damped factor is not positive definite, or so
+            badly conditioned that the inverse would not be in `dtype`.
+    """
     if not damping > 0:
         raise ValueError(f"damping must be positive, got {damping}.")
-    scaled = rows.double() / count**0.5
-    gram = scaled @ scaled.T if count < dim else scaled.T @ scaled
-    _check_condition(gram, damping, rows.dtype)
-    gram.diagonal().add_(damping)
-    cholesky = torch.linalg.cholesky(gram)
-    if count < dim:
-        basis = torch.linalg.solve_triangular(cholesky, scaled, upper=False)
-        return LowRankInverse(_row_major(basis, rows.dtype), damping)
-    inverse = torch.cholesky_inverse(cholesky)
-    return DenseInverse(_row_major(inverse, rows.dtype), damping)
+    damping += moment.mean_dropped
+    if moment.form == "diagonal":
+        diagonal = (moment.tensor / moment.weight + damping).reciprocal()
+        return DiagonalInverse(diagonal.to(dtype), damping)
+    if moment.form == "dense":
+        gram = moment.tensor / moment.weight
+        return _invert_dense(gram, damping, dtype)
+    scaled = moment.tensor / moment.weight**0.5
+    if scaled.shape[-2] >= moment.dim:
+        return _invert_dense(scaled.mT @ scaled, damping, dtype)
+    cholesky = _damped_cholesky(scaled @ scaled.mT, damping, dtype)
+    basis = torch.linalg.solve_triangular(cholesky, scaled, upper=False)
+    return LowRankInverse(_row_major(basis, dtype), damping)
+
+
+def _invert_dense(
+    factor: Float[Tensor, "*groups dim dim"], damping: float, dtype: torch.dtype
+) -> DenseInverse:
+    cholesky = _damped_cholesky(factor, damping, dtype)
+    return DenseInverse(_row_major(torch.cholesky_inverse(cholesky), dtype), damping)
+
+
+def _damped_cholesky(
+    gram: Float[Tensor, "*groups m m"], damping: float, dtype: torch.dtype
+) -> Float[Tensor, "*groups m m"]:
+    _check_condition(gram, damping, dtype)
+    gram.diagonal(dim1=-2, dim2=-1).add_(damping)  # `gram` is the caller's to lose
+    cholesky: Tensor = torch.linalg.cholesky(gram)
+    return cholesky
 
 
 def _row_major(matrix: Tensor, dtype: torch.dtype) -> Tensor:
@@ -194,10 +295,10 @@ def _row_major(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _check_condition(
-    gram: Float[Tensor, "m m"], damping: float, dtype: torch.dtype
+    gram: Float[Tensor, "*groups m m"], damping: float, dtype: torch.dtype
 ) -> None:
     # The largest absolute row sum bounds λ_max from above.
-    largest = float(gram.abs().sum(1).amax()) if gram.numel() else 0.0
+    largest = float(gram.abs().sum(-1).amax()) if gram.numel() else 0.0
     condition = (largest + damping) / damping
     limit = _ROUNDING_SHARE / torch.finfo(dtype).eps
     if not condition <= limit:

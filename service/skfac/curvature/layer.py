@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from skfac.curvature.damping import DampingSplit, split_damping
-from skfac.curvature.inverse import FactorInverse, invert_factor
+from skfac.curvature.factor import Moment, moment_of
+from skfac.curvature.inverse import FactorInverse, invert_moment
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,8 +20,8 @@ class LayerPreconditioner:
     """`∇W ↦ (G + λ_G I)⁻¹ ∇W (A + λ_A I)⁻¹`.
 
     Attributes:
-        activations: Inverse of the damped activation factor, `[d_in, d_in]`.
-        derivatives: Inverse of the damped derivative factor, `[d_out, d_out]`.
+        activations: Inverse of the damped activation factor, `[*groups, d_in, d_in]`.
+        derivatives: Inverse of the damped derivative factor, `[*groups, d_out, d_out]`.
     """
 
     activations: FactorInverse
@@ -46,8 +47,8 @@ class LayerPreconditioner:
         )
 
     def apply(
-        self, gradient: Float[Tensor, "d_out d_in"]
-    ) -> Float[Tensor, "d_out d_in"]:
+        self, gradient: Float[Tensor, "*groups d_out d_in"]
+    ) -> Float[Tensor, "*groups d_out d_in"]:
         """Precondition a gradient, bias column included.
 
         Returns:
@@ -57,8 +58,8 @@ class LayerPreconditioner:
 
 
 def precondition_layer(
-    activations: Float[Tensor, "n d_in"],
-    derivatives: Float[Tensor, "n d_out"],
+    activations: Float[Tensor, "*groups n d_in"],
+    derivatives: Float[Tensor, "*groups n d_out"],
     *,
     damping: float,
     split: DampingSplit,
@@ -79,25 +80,47 @@ def precondition_layer(
             rows are not.
         torch.linalg.LinAlgError: If a damped factor cannot be inverted.
     """
-    assert len(activations) == len(derivatives), "Both sides have the same examples."
+    count = derivatives.shape[-2]
+    return precondition_moments(
+        moment_of(activations, count=count),
+        moment_of(derivatives, count=count),
+        damping=damping,
+        split=split,
+        dtype=derivatives.dtype,
+    )
+
+
+def precondition_moments(
+    activations: Moment,
+    derivatives: Moment,
+    *,
+    damping: float,
+    split: DampingSplit,
+    dtype: torch.dtype,
+) -> LayerPreconditioner:
+    """Build the preconditioner of one layer from the moments of its rows.
+
+    Args:
+        activations: What the activation factor is made of.
+        derivatives: What the derivative factor is made of.
+        damping: `λ > 0` of the Kronecker product.
+        split: How λ is shared by the factors; see `split_damping`.
+        dtype: What the results are rounded to.
+
+    Returns:
+        Both inverses, each damped by its share of λ and by what truncation dropped.
+
+    Raises:
+        ValueError: If `damping` is not positive and finite.
+        torch.linalg.LinAlgError: If a damped factor cannot be inverted.
+    """
     shares = split_damping(
         damping,
         split,
-        mean_eigenvalue_activations=mean_eigenvalue(activations),
-        mean_eigenvalue_derivatives=mean_eigenvalue(derivatives),
+        mean_eigenvalue_activations=activations.mean_eigenvalue,
+        mean_eigenvalue_derivatives=derivatives.mean_eigenvalue,
     )
     return LayerPreconditioner(
-        activations=invert_factor(activations, damping=shares.activations),
-        derivatives=invert_factor(derivatives, damping=shares.derivatives),
+        activations=invert_moment(activations, damping=shares.activations, dtype=dtype),
+        derivatives=invert_moment(derivatives, damping=shares.derivatives, dtype=dtype),
     )
-
-
-def mean_eigenvalue(rows: Float[Tensor, "n dim"]) -> float:
-    """Mean eigenvalue of a factor from the norm of its rows.
-
-    Returns:
-        `tr(Xᵀ X / n) / d = ‖X‖² / (n d)`; 0 for an empty matrix.
-    """
-    if rows.numel() == 0:
-        return 0.0
-    return float(torch.linalg.vector_norm(rows.double()) ** 2 / rows.numel())

@@ -1,14 +1,22 @@
-"""The trust region that bounds a preconditioned step.
+"""How long a preconditioned step may be.
 
-A step `-lr ν P` changes the model's output distribution by a KL divergence of about
-`lr² ν² <P, F P> ≈ lr² ν² <P, ∇W>`; ν keeps that below κ.
+`"kl"`: a step `-lr ν P` changes the model's output distribution by a KL divergence of
+about `lr² ν² <P, F P> ≈ lr² ν² <P, ∇W>`; ν keeps that below κ.
+`"graft"`: each layer's step gets the length of its raw gradient and keeps its own
+direction only. `"none"`: the step is left as it is.
 
-Source: Ba, Grosse & Martens, "Distributed Second-Order Optimization using
-Kronecker-Factored Approximations", ICLR 2017, in the form used by kfac-pytorch.
+Sources: Ba, Grosse & Martens, "Distributed Second-Order Optimization using
+Kronecker-Factored Approximations", ICLR 2017, in the form used by kfac-pytorch;
+Agarwal et al., "Learning Rate Grafting: Transferability of Optimizer Tuning", 2021.
 """
 
+from typing import Literal
+
+import torch
 from jaxtyping import Float
 from torch import Tensor
+
+Trust = Literal["kl", "graft", "none"]
 
 
 def kl_scale(model_decrease: Float[Tensor, ""], *, kl_clip: float) -> Float[Tensor, ""]:
@@ -24,3 +32,19 @@ def kl_scale(model_decrease: Float[Tensor, ""], *, kl_clip: float) -> Float[Tens
         `model_decrease` is NaN.
     """
     return (kl_clip / model_decrease.abs()).sqrt().clamp(max=1.0)
+
+
+def graft_scale(
+    gradient_square: Float[Tensor, ""], direction_square: Float[Tensor, ""]
+) -> Float[Tensor, ""]:
+    """Factor that gives a layer's direction the length of its raw gradient.
+
+    Args:
+        gradient_square: `‖∇W‖²`, a scalar.
+        direction_square: `‖P‖²`, a scalar.
+
+    Returns:
+        `‖∇W‖ / ‖P‖`, a scalar on the same device; 1 where `P` is zero.
+    """
+    ratio = (gradient_square / direction_square).sqrt()
+    return torch.where(direction_square == 0, torch.ones_like(ratio), ratio)

@@ -3,6 +3,10 @@
 from collections import deque
 from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
+
+from skfac.curvature.settings import CurvatureSettings
 from skfac.wire.errors import SessionMismatchError
 from skfac.wire.session import SessionSpec
 from skfac.wire.snapshot import LayerRows, Snapshot, SnapshotHeader
@@ -17,22 +21,40 @@ class Assembly:
         step: Capture step.
         started_s: When the first rows came.
         rows: Rows by rank.
-        damping: λ by rank; the lowest rank's counts.
+        settings: How the rows are weighed and damped, by rank.
     """
 
     layer: int
     step: int
     started_s: float
     rows: dict[int, LayerRows] = field(default_factory=dict)
-    damping: dict[int, float] = field(default_factory=dict)
+    settings: dict[int, CurvatureSettings] = field(default_factory=dict)
+
+    @property
+    def agreed(self) -> CurvatureSettings:
+        """The settings that count: the lowest rank's."""
+        return self.settings[min(self.settings)]
+
+    @property
+    def count(self) -> int:
+        """Examples of all ranks."""
+        return sum(rows.count for rows in self.rows.values())
 
     @property
     def nbytes(self) -> int:
         """Bytes of all rows."""
-        tensors = (
-            t for r in self.rows.values() for t in (r.activations, r.derivatives)
-        )
-        return sum(tensor.nbytes for tensor in tensors)
+        return sum(rows.nbytes for rows in self.rows.values())
+
+    def stacked(self) -> tuple[Tensor, Tensor]:
+        """Join the rows of all ranks, in the order of the ranks.
+
+        Returns:
+            Activations and derivatives.
+        """
+        ranks = sorted(self.rows)
+        activations = [self.rows[rank].activations for rank in ranks]
+        derivatives = [self.rows[rank].derivatives for rank in ranks]
+        return torch.cat(activations, -2), torch.cat(derivatives, -2)
 
 
 class Assembler:
@@ -98,7 +120,7 @@ class Assembler:
                 continue  # solved without this rank after the timeout
             assembly = self._open.setdefault(key, Assembly(*key, started_s=now_s))
             assembly.rows[snapshot.rank] = rows
-            assembly.damping[snapshot.rank] = snapshot.damping
+            assembly.settings[snapshot.rank] = snapshot.settings
             if len(assembly.rows) == self._spec.world_size:
                 complete.append(self._hand_on(assembly))
         return complete

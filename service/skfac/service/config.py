@@ -35,6 +35,10 @@ class EngineConfig(BaseModel):
         max_layers: Layers of one session.
         max_snapshot_bytes: Payload of one snapshot.
         max_session_bytes: Rows of one session that are not solved yet.
+        max_history_bytes: What the histories of one session may take, besides those
+            rows, once they are full: with `history="ema"` for each layer and side
+            8 · groups · d · min(d, rank), with `"window"`
+            8 · groups · d · min(d, rows) for each update of the window.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,6 +50,7 @@ class EngineConfig(BaseModel):
     max_layers: Count = 4096
     max_snapshot_bytes: Count = 4 * GiB
     max_session_bytes: Count = 8 * GiB
+    max_history_bytes: Count = 8 * GiB
 
     @field_validator("device")
     @classmethod

@@ -7,6 +7,7 @@ from typing import Protocol
 from skfac.wire.outcome import Outcome
 from skfac.wire.session import SessionSpec
 from skfac.wire.snapshot import Snapshot, SnapshotHeader
+from skfac.wire.state import LayerStateHeader, SessionState
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class SessionStatus:
     refused: int
     queued: int
     inversion: LatencySummary
+    history_bytes: int
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,9 @@ class Engine(Protocol):
 
         Raises:
             SessionNotFoundError: If the session is unknown.
-            InvalidRequestError: If a shape, dtype or the damping is wrong.
-            SessionMismatchError: If its step is older than the rank's newest.
+            InvalidRequestError: If a shape, dtype or the window is wrong.
+            SessionMismatchError: If its step is older than the rank's newest, or not
+                newer than an imported history.
             LimitExceededError: If it is over a limit.
             ServerUnavailableError: If the engine is closing.
         """
@@ -144,6 +147,46 @@ class Engine(Protocol):
 
     def close_session(self, session_id: str, rank: int) -> None:
         """Take one rank out; the last one closes the session. Idempotent."""
+
+    def export_state(self, session_id: str) -> SessionState:
+        """Copy the histories of a session: what was folded when it is called.
+
+        Raises:
+            SessionNotFoundError: If the session is unknown.
+        """
+
+    def admit_state(
+        self, session_id: str, header: LayerStateHeader, taken_bytes: int
+    ) -> None:
+        """Check a layer's history before its payload is received.
+
+        Args:
+            session_id: The session.
+            header: What the history declares.
+            taken_bytes: Bytes of the histories that came with it and before it.
+
+        Raises:
+            SessionNotFoundError: If the session is unknown.
+            InvalidRequestError: If the layer, a form, dtype, shape or number is wrong.
+            SessionMismatchError: If a (layer, step) of the session is complete.
+            LimitExceededError: If it is over a limit.
+            ServerUnavailableError: If the engine is closing.
+        """
+
+    def import_state(self, session_id: str, state: SessionState) -> None:
+        """Replace the histories of a session; its tensors must not change afterwards.
+
+        Until the first (layer, step) of the session is complete this can be done again.
+        After it rows of a layer must be of a later step than its history.
+
+        Raises:
+            SessionNotFoundError: If the session is unknown.
+            InvalidRequestError: If it would not be admitted, has NaN or infinite
+                numbers, or a layer twice.
+            SessionMismatchError: If a (layer, step) of the session is complete.
+            LimitExceededError: If it is over a limit.
+            ServerUnavailableError: If the engine is closing.
+        """
 
     def status(self, session_id: str = "") -> EngineStatus:
         """Describe one session, or all.

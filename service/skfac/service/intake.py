@@ -5,7 +5,11 @@ import time
 from skfac.service.engine import Engine
 from skfac.service.metrics import Metrics
 from skfac.v1 import preconditioning_pb2 as pb
-from skfac.wire.codec import build_snapshot, decode_snapshot_manifest
+from skfac.wire.codec import (
+    build_snapshot,
+    decode_snapshot_header,
+    parse_snapshot_manifest,
+)
 from skfac.wire.errors import (
     InvalidRequestError,
     LimitExceededError,
@@ -31,7 +35,7 @@ class Intake:
         self._engine = engine
         self._metrics = metrics
         self._pinned = pinned
-        self._session_id = ""
+        self._session_id, self._step = "", 0
         self._header: SnapshotHeader | None = None
         self._buffer: PayloadBuffer | None = None
         self._skipping = False
@@ -71,9 +75,10 @@ class Intake:
 
     def _accept(self, frame: Frame) -> list[pb.PushSnapshotsResponse]:
         if frame.manifest is not None:
-            self._header, self._skipping = None, False
-            self._session_id, header = decode_snapshot_manifest(frame.manifest)
-            self._header = header
+            self._header, self._skipping, self._step = None, False, 0
+            manifest = parse_snapshot_manifest(frame.manifest)
+            self._session_id, self._step = manifest.session_id, manifest.step
+            self._header = header = decode_snapshot_header(manifest)
             if not self._engine.admit(self._session_id, header):
                 self._skipping = True
                 return [pb.PushSnapshotsResponse(step=header.step, duplicate=True)]
@@ -107,8 +112,7 @@ class Intake:
         )
 
     def _refuse(self, error: ServiceError) -> pb.PushSnapshotsResponse:
-        step = self._header.step if self._header is not None else 0
         self._buffer = self._header = None
         self._skipping = True
         refusal = pb.Refusal(code=code_of(error), message=str(error))
-        return pb.PushSnapshotsResponse(step=step, refusal=refusal)
+        return pb.PushSnapshotsResponse(step=self._step, refusal=refusal)

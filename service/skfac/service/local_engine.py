@@ -5,10 +5,12 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from skfac.service.assembler import Assembly
 from skfac.service.config import EngineConfig
 from skfac.service.engine import EngineStatus, SessionGrant
+from skfac.service.histories import check_finite
 from skfac.service.metrics import Metrics
 from skfac.service.scheduler import Scheduler, Task
 from skfac.service.session import Session
@@ -17,7 +19,6 @@ from skfac.service.solver import Solution, Solver
 from skfac.service.subscription import LocalSubscription
 from skfac.wire.errors import (
     InvalidRequestError,
-    LimitExceededError,
     ServerUnavailableError,
     ServiceError,
     SessionNotFoundError,
@@ -26,6 +27,7 @@ from skfac.wire.errors import (
 from skfac.wire.outcome import Loss, Outcome, Version
 from skfac.wire.session import SessionSpec
 from skfac.wire.snapshot import Snapshot, SnapshotHeader
+from skfac.wire.state import LayerStateHeader, SessionState
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +104,7 @@ class LocalEngine:
                 session.check(header)
                 wanted = session.assembler.wants(header)
                 if wanted:
-                    self._check_quota(session, header)
+                    session.check_quota(header, self._scheduler.nbytes(session_id))
             except ServiceError as error:
                 self._count_refused(session, error)
                 raise
@@ -162,6 +164,54 @@ class LocalEngine:
             if not session.open_ranks:
                 self._close_session(session, "All ranks have left.")
 
+    def export_state(self, session_id: str) -> SessionState:
+        """Copy the histories of a session: what was folded when it is called.
+
+        Returns:
+            They, on the host; empty with `history="snapshot"`.
+
+        Raises:
+            ServiceError: As `Engine.export_state` lists them.
+        """
+        with self._changed:
+            # Also while draining: a checkpoint of what was accepted.
+            session = self._sessions.find(session_id)
+            session.last_seen_s = self._clock()
+            state = session.histories.state()
+        return self._solver.unload(state)
+
+    def admit_state(
+        self, session_id: str, header: LayerStateHeader, taken_bytes: int
+    ) -> None:
+        """Check a layer's history before its payload is received.
+
+        Raises:
+            ServiceError: As `Engine.admit_state` lists them.
+        """
+        with self._changed:
+            self._touch(session_id).histories.check_state(header, taken_bytes)
+
+    def import_state(self, session_id: str, state: SessionState) -> None:
+        """Replace the histories of a session; its tensors must not change afterwards.
+
+        Raises:
+            ServiceError: As `Engine.import_state` lists them.
+        """
+        taken_bytes = 0
+        for layer in state.layers:
+            header = layer.header
+            self.admit_state(session_id, header, taken_bytes)
+            taken_bytes += header.nbytes
+        check_finite(state)
+        loaded = self._solver.load(state)
+        with self._changed:
+            session = self._touch(session_id)
+            session.histories.replace(loaded)
+            self._show_history(session)
+        logger.info(
+            "Job %r: imported %d histories.", session.spec.job, len(loaded.layers)
+        )
+
     def status(self, session_id: str = "") -> EngineStatus:
         """Describe one session, or all.
 
@@ -218,7 +268,7 @@ class LocalEngine:
                 logger.debug("The solver failed.", exc_info=True)
                 layer, step = task.assembly.layer, task.assembly.step
                 text = f"{type(error).__name__}: {error}"
-                solution = Solution(Loss(layer, step, "failed", text), 0)
+                solution = Solution(Loss(layer, step, "failed", text))
             with self._changed:
                 self._solving = False
                 self._publish(task, solution, began_s)
@@ -232,7 +282,8 @@ class LocalEngine:
                 self._metrics.queue_depth.set(len(self._scheduler))
                 if task is not None:
                     self._solving = True
-                    return task
+                    histories = self._sessions.find(task.session_id).histories
+                    return replace(task, history=histories.of(task.assembly.layer))
                 self._changed.wait(self._until_deadline_s())
         return None
 
@@ -263,10 +314,15 @@ class LocalEngine:
         stages.labels(job, "queue").observe(began_s - task.queued_s)
         stages.labels(job, "solve").observe(now_s - began_s)
         self._metrics.retries.labels(job).inc(solution.retries)
+        if solution.history is not None:
+            layer, step = task.assembly.layer, task.assembly.step
+            session.histories.store(layer, step, solution.history)
+            self._show_history(session)
         if isinstance(solution.outcome, Version):
             latency_s = now_s - task.queued_s
             session.latencies_s.append(latency_s)
             self._metrics.inversion_s.labels(job).observe(latency_s)
+            self._metrics.observe_ranks(job, solution.outcome.preconditioner)
             session.failing.discard(solution.outcome.layer)
         elif solution.outcome.layer not in session.failing:
             session.failing.add(solution.outcome.layer)  # said once, not every step
@@ -276,6 +332,7 @@ class LocalEngine:
     # ---------------------------------------------------------------- bookkeeping
 
     def _enqueue(self, session: Session, assembly: Assembly) -> None:
+        session.histories.begun = True
         task = Task(session.session_id, session.spec, assembly, self._clock())
         for old in self._scheduler.add(task):
             layer, step = old.assembly.layer, old.assembly.step
@@ -287,6 +344,10 @@ class LocalEngine:
         session.outcomes[name] += 1
         self._metrics.outcomes.labels(session.spec.job, name).inc()
         session.publisher.publish(outcome)
+
+    def _show_history(self, session: Session) -> None:
+        nbytes = session.histories.nbytes
+        self._metrics.history_bytes.labels(session.spec.job).set(nbytes)
 
     def _close_session(self, session: Session, why: str) -> None:
         self._sessions.close(session, SessionNotFoundError(why))
@@ -307,16 +368,6 @@ class LocalEngine:
         session = self._sessions.find(session_id)
         session.last_seen_s = self._clock()
         return session
-
-    def _check_quota(self, session: Session, header: SnapshotHeader) -> None:
-        held = session.assembler.nbytes + self._scheduler.nbytes(session.session_id)
-        declared = sum(tensor.nbytes for tensor in header.tensors)
-        if held + declared > self._config.max_session_bytes:
-            raise LimitExceededError(
-                f"Job {session.spec.job!r} has {held} bytes of rows that are not "
-                f"solved yet; {declared} more are over max_session_bytes = "
-                f"{self._config.max_session_bytes}."
-            )
 
     def _count_refused(self, session: Session, error: ServiceError) -> None:
         session.refused += 1

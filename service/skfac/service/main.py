@@ -55,7 +55,8 @@ def serve(
     Settings come, strongest first, from flags, SKFAC_* environment variables (such as
     SKFAC_ADDRESS), the TOML file and the defaults. The settings are: address,
     metrics_address, insecure_remote, device, max_streams, grace_s, log_level, lease_s,
-    assembly_timeout_s, max_sessions, max_layers, max_snapshot_bytes, max_session_bytes.
+    assembly_timeout_s, max_sessions, max_layers, max_snapshot_bytes,
+    max_session_bytes, max_history_bytes.
 
     Example: skfac serve --address 127.0.0.1:50051 --set lease_s=120
     """

@@ -1,8 +1,9 @@
 """Decides what is solved next: fair between sessions, oldest first within one."""
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from skfac.curvature.history import LayerHistory
 from skfac.service.assembler import Assembly
 from skfac.wire.session import SessionSpec
 
@@ -16,22 +17,59 @@ class Task:
         spec: The session's specification.
         assembly: The rows.
         queued_s: When it became complete.
+        earlier: Superseded assemblies of the layer, oldest first: there is no version
+            of them, but they are in the history.
+        history: The updates before those; set when the solver takes the task.
     """
 
     session_id: str
     spec: SessionSpec
     assembly: Assembly
     queued_s: float
+    earlier: tuple[Assembly, ...] = ()
+    history: LayerHistory | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return self.assembly.nbytes + sum(old.nbytes for old in self.earlier)
 
     @property
     def cost(self) -> int:
-        """Operations of both inversions, to within a small factor."""
+        """Operations of both inversions with a full history, to within a small factor.
+
+        A diagonal factor costs next to nothing.
+        """
         layer = self.spec.layers[self.assembly.layer]
-        rows = sum(len(r.activations) for r in self.assembly.rows.values())
-        return sum(
-            rows * dim * min(rows, dim) + min(rows, dim) ** 3
-            for dim in (layer.d_in, layer.d_out)
-        )
+        dims = (layer.d_out,) if layer.diagonal else (layer.d_in, layer.d_out)
+        return layer.groups * sum(map(self._cost_of, dims))
+
+    def _cost_of(self, dim: int) -> int:
+        settings = self.assembly.agreed
+        rows = self.assembly.count + sum(old.count for old in self.earlier)
+        if self.spec.history == "window":
+            rows *= settings.window
+        elif self.spec.history == "ema":
+            rows += min(settings.rank or dim, dim)
+        return rows * dim * min(rows, dim) + min(rows, dim) ** 3
+
+    def after(self, earlier: tuple[Assembly, ...]) -> "Task":
+        """Carry assemblies that were superseded, as far as the history needs them.
+
+        Args:
+            earlier: They, oldest first; older than all that the task carries.
+
+        Returns:
+            The task that carries them.
+        """
+        if self.spec.history == "snapshot":
+            return self
+        all_of_them = (*earlier, *self.earlier, self.assembly)
+        folded = [assembly for assembly in all_of_them if assembly.count]
+        if folded and self.spec.history == "window":
+            folded = folded[-folded[-1].agreed.window :]
+        needed = tuple(old for old in folded if old is not self.assembly)
+        return replace(self, earlier=needed)
 
 
 @dataclass(eq=False)
@@ -71,10 +109,13 @@ class Scheduler:
             Bytes of the rows that wait.
         """
         queue = self._queues.get(session_id)
-        return sum(task.assembly.nbytes for task in queue.tasks) if queue else 0
+        return sum(task.nbytes for task in queue.tasks) if queue else 0
 
     def add(self, task: Task) -> list[Task]:
         """Queue a task.
+
+        What is superseded is carried by the next task of its layer, so that the rows of
+        a layer are folded in the order they were queued, whatever the timing.
 
         Returns:
             The tasks that it supersedes, which are queued no longer.
@@ -83,9 +124,7 @@ class Scheduler:
         if not queue.tasks:
             queue.served = max(queue.served, self._served)
         superseded = [old for old in queue.tasks if _supersedes(task, old)]
-        for old in superseded:
-            queue.tasks.remove(old)
-        queue.tasks.append(task)
+        queue.tasks = deque(_without(superseded, [*queue.tasks, task]))
         return superseded
 
     def take(self) -> Task | None:
@@ -106,6 +145,20 @@ class Scheduler:
     def drop_session(self, session_id: str) -> None:
         """Forget a session and its tasks."""
         self._queues.pop(session_id, None)
+
+
+def _without(superseded: list[Task], tasks: list[Task]) -> list[Task]:
+    kept: list[Task] = []
+    carried: tuple[Assembly, ...] = ()
+    for task in tasks:
+        if task in superseded:
+            carried = (*carried, *task.earlier, task.assembly)
+        elif carried and task.assembly.layer == superseded[0].assembly.layer:
+            kept.append(task.after(carried))
+            carried = ()
+        else:
+            kept.append(task)
+    return kept
 
 
 def _supersedes(new: Task, old: Task) -> bool:

@@ -15,6 +15,7 @@ from skfac.v1 import preconditioning_pb2 as pb
 from skfac.wire.channel import SERVICE
 from skfac.wire.codec import decode_session, encode_outcomes
 from skfac.wire.errors import LimitExceededError, ServiceError, status_of
+from skfac.wire.state_codec import StateReceiver, encode_state
 
 _LOOK_AROUND_S = 60.0  # a stream wakes by itself; this only bounds a lost wake-up
 
@@ -75,6 +76,23 @@ class PreconditioningServicer:
             self._engine.close_session(request.session_id, request.rank)
         return pb.CloseSessionResponse()
 
+    def ExportState(
+        self, request: pb.ExportStateRequest, context: grpc.ServicerContext
+    ) -> Iterator[bytes]:
+        with _status_on_error(context), self._stream():
+            state = self._engine.export_state(request.session_id)
+            yield from encode_state(request.session_id, state)
+
+    def ImportState(
+        self, messages: Iterator[bytes], context: grpc.ServicerContext
+    ) -> pb.ImportStateResponse:
+        with _status_on_error(context), self._stream():
+            receiver = StateReceiver(self._engine.admit_state)
+            for message in messages:
+                receiver.receive(message)
+            self._engine.import_state(*receiver.finish())
+        return pb.ImportStateResponse()
+
     def GetStatus(
         self, request: pb.GetStatusRequest, context: grpc.ServicerContext
     ) -> pb.GetStatusResponse:
@@ -113,6 +131,13 @@ class PreconditioningServicer:
                     self.CloseSession,
                     pb.CloseSessionRequest.FromString,
                     pb.CloseSessionResponse.SerializeToString,
+                ),
+                "ExportState": grpc.unary_stream_rpc_method_handler(
+                    self.ExportState, pb.ExportStateRequest.FromString
+                ),
+                "ImportState": grpc.stream_unary_rpc_method_handler(
+                    self.ImportState,
+                    response_serializer=pb.ImportStateResponse.SerializeToString,
                 ),
                 "GetStatus": grpc.unary_unary_rpc_method_handler(
                     self.GetStatus,

@@ -1,16 +1,16 @@
 """What an engine keeps about one job."""
 
-import math
 from collections import Counter, deque
 
 from skfac.service.assembler import Assembler
 from skfac.service.config import EngineConfig
 from skfac.service.engine import LatencySummary, LayerStatus, SessionStatus
+from skfac.service.histories import Histories
 from skfac.service.publisher import Publisher
-from skfac.wire.codec import DTYPES
 from skfac.wire.errors import InvalidRequestError, LimitExceededError, ServiceError
 from skfac.wire.frames import payload_nbytes
-from skfac.wire.session import LayerSpec, SessionSpec
+from skfac.wire.messages import DTYPES
+from skfac.wire.session import MAX_WINDOW, LayerSpec, SessionSpec
 from skfac.wire.snapshot import RowsHeader, SnapshotHeader
 
 _LATENCIES_KEPT = 512
@@ -23,6 +23,7 @@ class Session:
         session_id: Its name in calls.
         spec: What the job declared.
         assembler: Rows that wait for other ranks.
+        histories: Earlier updates of the layers.
         publisher: Outcomes for the subscribers.
         open_ranks: Ranks that have opened and not closed it.
         subscriptions: Open streams of outcomes.
@@ -40,6 +41,7 @@ class Session:
         self.session_id = session_id
         self.spec = spec
         self.assembler = Assembler(spec, timeout_s=config.assembly_timeout_s)
+        self.histories = Histories(spec, max_bytes=config.max_history_bytes)
         self.publisher = Publisher(spec)
         self.open_ranks: set[int] = set()
         self.subscriptions = 0
@@ -56,14 +58,16 @@ class Session:
         """Check what a snapshot declares, before memory is taken for it.
 
         Raises:
-            InvalidRequestError: If the rank, damping, a layer, shape or dtype is wrong.
-            LimitExceededError: If it is larger than a snapshot may be.
+            InvalidRequestError: If the rank, window, a layer, shape or dtype is wrong.
+            SessionMismatchError: If it is not newer than an imported history.
+            LimitExceededError: If it is larger than a snapshot may be, or the histories
+                would be.
         """
         self.spec.check_rank(header.rank)
-        if not (header.damping > 0 and math.isfinite(header.damping)):
+        if header.settings.window > MAX_WINDOW:
             raise InvalidRequestError(
-                f"The damping of step {header.step} must be positive and finite, "
-                f"got {header.damping}."
+                f"The window of step {header.step} is {header.settings.window}; at "
+                f"most {MAX_WINDOW} updates are kept one by one."
             )
         declared = [rows.layer for rows in header.layers]
         if len(set(declared)) < len(declared):
@@ -75,6 +79,26 @@ class Session:
             raise LimitExceededError(
                 f"A snapshot of {nbytes} bytes is over max_snapshot_bytes = "
                 f"{self._config.max_snapshot_bytes}."
+            )
+        self.histories.check_snapshot(header)
+
+    def check_quota(self, header: SnapshotHeader, queued_bytes: int) -> None:
+        """Check that there is room for the rows of a snapshot.
+
+        Args:
+            header: What it declares.
+            queued_bytes: Rows of the session that wait for the solver.
+
+        Raises:
+            LimitExceededError: If there is not.
+        """
+        held = self.assembler.nbytes + queued_bytes
+        declared = sum(tensor.nbytes for tensor in header.tensors)
+        if held + declared > self._config.max_session_bytes:
+            raise LimitExceededError(
+                f"Job {self.spec.job!r} has {held} bytes of rows that are not solved "
+                f"yet; {declared} more are over max_session_bytes = "
+                f"{self._config.max_session_bytes}."
             )
 
     def _check_rows(self, rows: RowsHeader) -> None:
@@ -89,15 +113,18 @@ class Session:
             ("derivatives", rows.derivatives, layer.d_out),
         )
         for side, tensor, dim in sides:
-            if len(tensor.shape) != 2 or tensor.shape[1] != dim:
+            shape = tensor.shape
+            if len(shape) < 2 or shape != (*layer.block_shape, shape[-2], dim):
+                expected = ", ".join(map(str, (*layer.block_shape, "rows", dim)))
                 raise InvalidRequestError(
-                    f"The {side} of layer {layer.name!r} have shape {tensor.shape}; "
-                    f"expected (rows, {dim})."
+                    f"The {side} of layer {layer.name!r} have shape {shape}; "
+                    f"expected ({expected})."
                 )
-        if rows.activations.shape[0] != rows.derivatives.shape[0]:
+        count = rows.activations.shape[-2]
+        if count != rows.count and not layer.diagonal:
             raise InvalidRequestError(
-                f"Layer {layer.name!r} has {rows.activations.shape[0]} rows of "
-                f"activations and {rows.derivatives.shape[0]} of derivatives."
+                f"Layer {layer.name!r} has {count} rows of activations and "
+                f"{rows.count} of derivatives."
             )
         if rows.activations.dtype not in DTYPES.values():
             raise InvalidRequestError(
@@ -141,6 +168,7 @@ class Session:
             refused=self.refused,
             queued=queued,
             inversion=_summary(sorted(self.latencies_s)),
+            history_bytes=self.histories.nbytes,
         )
 
 

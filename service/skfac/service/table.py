@@ -4,6 +4,7 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
+from skfac.service.config import MiB
 from skfac.v1 import preconditioning_pb2 as pb
 
 
@@ -17,10 +18,16 @@ def status_table(status: pb.GetStatusResponse) -> Group:
         f"skfac {status.version} on {status.device}, up {status.uptime_s:.0f} s, "
         f"{len(status.sessions)} sessions"
     )
-    caption = "lost: superseded or failed; p50 and p99 of the inversion latency"
+    caption = (
+        "lost: superseded or failed; history: memory of earlier updates; "
+        "p50 and p99 of the inversion latency"
+    )
     sessions = Table(title=title, caption=caption, box=box.SIMPLE_HEAD)
     sessions.add_column("job", overflow="fold")
-    numbers = ("ranks", "age", "solved", "queued", "lost", "refused", "p50", "p99")
+    numbers = (
+        *("ranks", "age", "solved", "queued", "lost", "refused"),
+        *("history", "p50", "p99"),
+    )
     for column in numbers:
         sessions.add_column(column, justify="right", no_wrap=True)
     for session in status.sessions:
@@ -32,6 +39,7 @@ def status_table(status: pb.GetStatusResponse) -> Group:
             str(session.queued),
             str(session.superseded + session.failed),
             str(session.refused),
+            f"{session.history_bytes / MiB:.1f} MiB",
             f"{session.inversion.p50_s * 1e3:.2f} ms",
             f"{session.inversion.p99_s * 1e3:.2f} ms",
         )

@@ -1,0 +1,67 @@
+"""The versions that one step uses, looked up once, by whoever needs them first."""
+
+import threading
+from collections.abc import Sequence
+
+from skfac.client.config import PreconditionerConfig
+from skfac.client.store import Store
+from skfac.wire.errors import SkfacError
+from skfac.wire.outcome import Version
+
+
+class DueVersions:
+    """Asks the store once a step: in the first backward that needs it, or after it.
+
+    Backwards may run on several threads, one for each device.
+    """
+
+    def __init__(self, store: Store, config: PreconditionerConfig, layers: int) -> None:
+        self._store = store
+        self._config = config
+        self._none: list[Version | None] = [None] * layers
+        self._lock = threading.Lock()
+        self._step = -1
+        self._found: list[Version | None] = self._none
+        self._error: SkfacError | None = None
+
+    def at(self, step: int) -> Sequence[Version | None]:
+        """Find the versions of a step, waiting as the settings say.
+
+        Returns:
+            One a layer; None where it is missing or too old.
+
+        Raises:
+            ConfigurationError: If a schedule gives a value out of range.
+            SkfacError: As `Store.versions_at` does; a further call asks again.
+        """
+        with self._lock:
+            if self._step != step:
+                self._look_up(step)
+            if self._error is not None:
+                self._step = -1
+                raise self._error
+            return self._found
+
+    def in_backward(self, step: int) -> Sequence[Version | None]:
+        """As `at`, but an error is kept for `at`: a backward must not end in it.
+
+        Returns:
+            One a layer; all None after an error.
+        """
+        with self._lock:
+            if self._step != step:
+                self._look_up(step)
+            return self._found
+
+    def _look_up(self, step: int) -> None:
+        self._step, self._found, self._error = step, self._none, None
+        try:
+            oldest = step - self._config.max_staleness_at(step)
+            wait_s = self._config.at("wait_s", step)
+            versions = self._store.versions_at(step, wait_s)
+        except SkfacError as error:
+            self._error = error
+            return
+        self._found = [
+            v if v is not None and v.step >= oldest else None for v in versions
+        ]

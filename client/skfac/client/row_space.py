@@ -1,0 +1,292 @@
+"""Preconditions the rows of fully connected layers inside their own backward.
+
+The weight gradient of `B` rows is `Dᵀ X`, so
+
+    P = (G + λ_G I)⁻¹ Dᵀ X (A + λ_A I)⁻¹ = D̃ᵀ X̃,
+    D̃ = D (G + λ_G I)⁻¹,  X̃ = X (A + λ_A I)⁻¹:
+
+turning the rows costs `4 B n (d_in + d_out)` operations, turning the gradient
+`8 n d_in d_out`. It is linear in the rows, so that accumulation, loss scales and means
+over ranks work as for any gradient. What a trust region asks for needs no pass over the
+weights either: `<P, ∇W> = Σ_{b,b'} (D̃ Dᵀ)_{bb'} (X̃ Xᵀ)_{bb'}`.
+
+A forward hook replaces the layer's output by the same tensor with another backward, so
+the module keeps its class, name, parameters and other hooks.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skfac.client.config import PreconditionerConfig
+from skfac.client.hooks import HookedLayers
+from skfac.client.layers import TrackedLayer
+from skfac.curvature.layer import LayerPreconditioner
+
+logger = logging.getLogger(__name__)
+
+FULLY_CONNECTED = {"linear", "hf_conv1d"}
+
+Provide = Callable[[int, torch.device, torch.dtype], LayerPreconditioner | None]
+"""Finds what a layer is preconditioned with in this step, by its index."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The rows of one or more backwards of a layer, as they are and preconditioned.
+
+    Attributes:
+        activations: `X`, shape `[B, d_in]`.
+        derivatives: `D`, shape `[B, d_out]`.
+        turned_activations: `X̃`, shaped like `X`.
+        turned_derivatives: `D̃`, shaped like `D`.
+    """
+
+    activations: Tensor
+    derivatives: Tensor
+    turned_activations: Tensor
+    turned_derivatives: Tensor
+
+    def inner(self) -> Tensor:
+        """Multiply gradient and direction out of their rows.
+
+        Returns:
+            `<P, ∇W>`, a scalar.
+        """
+        x, d = self.activations, self.derivatives
+        turned_x, turned_d = self.turned_activations, self.turned_derivatives
+        return torch.sum((turned_d @ d.T) * (turned_x @ x.T))
+
+    def gradient_square(self) -> Tensor:
+        """Multiply gradient and direction out of their rows.
+
+        Returns:
+            `‖∇W‖²`, a scalar.
+        """
+        x, d = self.activations, self.derivatives
+        return torch.sum((d @ d.T) * (x @ x.T))
+
+    def direction_square(self) -> Tensor:
+        """Multiply gradient and direction out of their rows.
+
+        Returns:
+            `‖P‖²`, a scalar.
+        """
+        x, d = self.turned_activations, self.turned_derivatives
+        return torch.sum((d @ d.T) * (x @ x.T))
+
+
+class RowSpace:
+    """Layers whose gradients leave the backward preconditioned.
+
+    A layer falls back to gradient space, for good and saying so, when its weight gets
+    a gradient that does not come from its own rows: in row space that part would
+    miss the preconditioner.
+
+    Attributes:
+        active: Indices of the layers that may be preconditioned here.
+        used: Indices of those that were, in the latest step.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[TrackedLayer],
+        config: PreconditionerConfig,
+        provide: Provide,
+    ) -> None:
+        self._layers = layers
+        self._always = config.apply == "row"
+        self._passes = config.accumulation_steps
+        self._provide = provide
+        self._backwards: list[list[Rows]] = [[] for _ in layers]
+        self._given: dict[int, list[tuple[int, int]]] = {}
+        self._sampling = False
+        self.used: set[int] = set()
+        self.active = {
+            index for index, layer in enumerate(layers) if _is_eligible(layer, config)
+        }
+        chosen = sorted(self.active)
+        self._hooks = HookedLayers(
+            [layers[index] for index in chosen],
+            [partial(self._replace, index) for index in chosen],
+        )
+        self._watches = [
+            layers[index].weight.register_hook(partial(self._watch, index))
+            for index in chosen
+        ]
+
+    def take(self, index: int) -> Rows | None:
+        """Take the rows of the backwards since the last call.
+
+        Returns:
+            The rows if the layer's gradient is preconditioned already, else None.
+        """
+        backwards, self._backwards[index] = self._backwards[index], []
+        (self.used.add if backwards else self.used.discard)(index)
+        if len(backwards) < 2:
+            return backwards[0] if backwards else None
+        names = [field.name for field in fields(Rows)]
+        sides = (torch.cat([getattr(b, name) for b in backwards]) for name in names)
+        return Rows(*sides)
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Let the backward inside make no weight gradients.
+
+        Yields:
+            Nothing.
+        """
+        self._sampling = True
+        try:
+            yield
+        finally:
+            self._sampling = False
+
+    def close(self) -> None:
+        """Remove the hooks; idempotent."""
+        self._hooks.remove()
+        for watch in self._watches:
+            watch.remove()
+
+    def weight_gradients(
+        self, index: int, inputs: Tensor, derivatives: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Make the gradients of weight and bias in a layer's backward.
+
+        Args:
+            index: Of the layer.
+            inputs: Its input, `[..., features]`.
+            derivatives: Of the loss by its output, `[..., d_out]`.
+
+        Returns:
+            Preconditioned ones if the layer has a version, else raw ones.
+        """
+        if self._sampling:
+            return None, None  # a backward that only derivatives are wanted of
+        layer = self._layers[index]
+        dtype = layer.weight.dtype
+        x = inputs.reshape(-1, inputs.shape[-1]).to(dtype)
+        d = derivatives.reshape(-1, derivatives.shape[-1]).to(dtype)
+        if torch.is_grad_enabled():
+            self._demote(index, "it takes part in a double backward")
+        ready = None
+        if index in self.active:
+            ready = self._provide(index, d.device, dtype)
+        if ready is None:
+            weight = d.T @ x
+            return _as_weight(layer, weight), None if layer.bias is None else d.sum(0)
+        return self._turned(index, ready, x, d)
+
+    def _turned(
+        self, index: int, ready: LayerPreconditioner, x: Tensor, d: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        layer, wide = self._layers[index], ready.activations.tensor.dtype
+        x, d = x.to(wide), d.to(wide)
+        if layer.bias is not None:
+            x = torch.cat([x, x.new_ones(len(x), 1)], 1)
+        one = Rows(x, d, ready.activations.right(x), ready.derivatives.right(d))
+        self._backwards[index].append(one)
+        columns = one.turned_activations
+        bias = None
+        if layer.bias is not None:
+            bias = (columns[:, -1] @ one.turned_derivatives).to(layer.bias.dtype)
+            columns = columns[:, :-1]
+        # Not through a [d_out, d_in] matrix with its bias column, which torch would
+        # have to copy into a gradient of its own.
+        if layer.geometry.kind == "hf_conv1d":
+            weight = columns.T @ one.turned_derivatives
+        else:
+            weight = one.turned_derivatives.T @ columns
+        weight = weight.to(layer.weight.dtype)
+        # No reference: torch would copy a gradient that somebody else holds.
+        mark = weight.data_ptr(), weight._version
+        self._given.setdefault(index, []).append(mark)
+        return weight, bias
+
+    def _replace(self, index: int, inputs: Tensor, output: Tensor) -> Tensor | None:
+        layer = self._layers[index]
+        if layer.weight.grad is None:
+            self._backwards[index].clear()  # of gradients that were thrown away
+        if index not in self.active:
+            return None
+        rows = output.numel() // output.shape[-1] * self._passes
+        d_in, d_out = layer.geometry.d_in, layer.geometry.d_out
+        if not (self._always or rows * (d_in + d_out) < d_in * d_out):
+            return None
+        replaced: Tensor = _RowBackward.apply(
+            output.detach(), inputs, layer.weight, layer.bias, self, index
+        )
+        return replaced
+
+    def _watch(self, index: int, gradient: Tensor) -> None:
+        # The very tensor that this layer's backward has made, if nothing was added.
+        given = self._given.pop(index, [])
+        if not (given or self._backwards[index]):
+            return  # raw so far
+        mark = gradient.data_ptr(), gradient._version
+        if not given or (len(given) == 1 and given[0] != mark):
+            self._demote(index, "its weight gets gradients from elsewhere, too")
+
+    def _demote(self, index: int, why: str) -> None:
+        if index not in self.active:
+            return
+        self.active.discard(index)
+        logger.warning(
+            "Layer %r is preconditioned in gradient space from now on: %s. In this "
+            "step a part of its gradient may have missed the preconditioner. "
+            "apply='gradient' silences this.",
+            self._layers[index].name,
+            why,
+        )
+
+
+class _RowBackward(torch.autograd.Function):
+    """The output of a fully connected layer, with this module's backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        output: Tensor,
+        inputs: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: RowSpace,
+        index: int,
+    ) -> Tensor:
+        # Declared as changed: then it is no view, and may be changed in place.
+        ctx.mark_dirty(output)
+        ctx.save_for_backward(inputs, weight)
+        ctx.rows, ctx.index = rows, index
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *derivatives: Any) -> Any:  # noqa: ANN401
+        (d,) = derivatives
+        inputs, weight = ctx.saved_tensors
+        with torch.autocast(d.device.type, enabled=False):
+            by_input = None
+            if ctx.needs_input_grad[1]:
+                matrix = _as_weight(ctx.rows._layers[ctx.index], weight).to(d.dtype)
+                by_input = (d @ matrix).to(inputs.dtype)
+            by_weight, by_bias = ctx.rows.weight_gradients(ctx.index, inputs, d)
+        return None, by_input, by_weight, by_bias, None, None
+
+
+def _as_weight(layer: TrackedLayer, matrix: Tensor) -> Tensor:
+    # Between [d_out, features] and the weight's own layout, in both directions.
+    return matrix.T if layer.geometry.kind == "hf_conv1d" else matrix
+
+
+def _is_eligible(layer: TrackedLayer, config: PreconditionerConfig) -> bool:
+    return (
+        config.apply != "gradient"
+        and config.lag > 0
+        and layer.geometry.kind in FULLY_CONNECTED
+        and len(layer.modules) == 1
+    )

@@ -1,0 +1,125 @@
+"""What all codecs share: reading messages, headers of tensors, and enums."""
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+from google.protobuf.message import DecodeError, Message
+from torch import Tensor
+
+from skfac.curvature.settings import History
+from skfac.v1 import preconditioning_pb2 as pb
+from skfac.wire.errors import InvalidRequestError
+from skfac.wire.snapshot import TensorHeader
+
+DTYPES: "dict[pb.DType.ValueType, torch.dtype]" = {
+    pb.DTYPE_FLOAT32: torch.float32,
+    pb.DTYPE_FLOAT64: torch.float64,
+}
+"""Types of the elements of tensors that can be sent."""
+
+HISTORIES: "dict[pb.History.ValueType, History]" = {
+    pb.HISTORY_SNAPSHOT: "snapshot",
+    pb.HISTORY_WINDOW: "window",
+    pb.HISTORY_EMA: "ema",
+}
+"""Which updates a factor can be made of."""
+
+_M = TypeVar("_M", bound=Message)
+_C = TypeVar("_C", bound=int)
+_V = TypeVar("_V")
+
+
+def parse(kind: type[_M], data: memoryview) -> _M:
+    """Read a message.
+
+    Returns:
+        It, with nothing checked but that it is a message.
+
+    Raises:
+        InvalidRequestError: If the bytes are malformed.
+    """
+    message = kind()
+    try:
+        message.ParseFromString(data)  # type: ignore[arg-type]  # views are accepted
+    except DecodeError as error:
+        raise InvalidRequestError(f"A {kind.__name__} is malformed: {error}.") from None
+    return message
+
+
+def encode_header(tensor: Tensor) -> pb.TensorHeader:
+    """Describe a tensor of the payload.
+
+    Returns:
+        Its header.
+
+    Raises:
+        InvalidRequestError: If the tensor is of a dtype that cannot be sent.
+    """
+    return pb.TensorHeader(dtype=encode_dtype(tensor.dtype), shape=tensor.shape)
+
+
+def decode_header(message: pb.TensorHeader) -> TensorHeader:
+    """Read the header of a tensor.
+
+    Returns:
+        Its type and shape.
+
+    Raises:
+        InvalidRequestError: If the dtype is unknown.
+    """
+    return TensorHeader(decode_dtype(message.dtype), tuple(message.shape))
+
+
+def encode_dtype(dtype: torch.dtype) -> "pb.DType.ValueType":
+    """Find the code of a dtype.
+
+    Returns:
+        The code.
+
+    Raises:
+        InvalidRequestError: If tensors of it cannot be sent.
+    """
+    if dtype not in DTYPES.values():
+        raise InvalidRequestError(f"Cannot send tensors of {dtype}.")
+    return code_of(DTYPES, dtype)
+
+
+def decode_dtype(code: "pb.DType.ValueType") -> torch.dtype:
+    """Find the dtype of a code.
+
+    Returns:
+        The dtype.
+
+    Raises:
+        InvalidRequestError: If there is none.
+    """
+    if code not in DTYPES:
+        raise InvalidRequestError(
+            f"Unknown dtype code {code}; float32 is {pb.DTYPE_FLOAT32} and "
+            f"float64 is {pb.DTYPE_FLOAT64}."
+        )
+    return DTYPES[code]
+
+
+def code_of(meanings: Mapping[_C, _V], meaning: _V) -> _C:
+    """Find the code of an enum that stands for a value of ours.
+
+    Returns:
+        The code.
+    """
+    return next(code for code, known in meanings.items() if known == meaning)
+
+
+def meaning_of(meanings: Mapping[_C, _V], code: _C, field: str) -> _V:
+    """Find what the code of an enum stands for.
+
+    Returns:
+        The value.
+
+    Raises:
+        InvalidRequestError: If the code is unknown; the message names `field`.
+    """
+    if code not in meanings:
+        raise InvalidRequestError(f"Unknown {field} code {code}.")
+    return meanings[code]

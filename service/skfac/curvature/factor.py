@@ -1,0 +1,219 @@
+"""What a Kronecker factor is made of: rows that are kept, added and compressed.
+
+A factor `A` is a positive semidefinite `d × d` matrix; with groups it is block
+diagonal and has one such block per group. A `Moment` holds `weight · A` in the
+smallest form that is exact, so that moments of several updates can be added. The only
+step that is not exact is `Moment.compressed`: it keeps the leading eigen-directions
+and remembers the trace of what it cut off.
+
+Sources: keeping leading directions of the small Gram matrix of a stream of rows is in
+Ghashami, Liberty, Phillips & Woodruff, "Frequent Directions: Simple and Deterministic
+Matrix Sketching", SIAM J. Comput. 2016 (there "iterative SVD"); giving the lost part
+back as a multiple of the identity is in Luo et al., "Robust Frequent Directions with
+Application in Online Learning", JMLR 2019. Deviations: nothing is subtracted from
+the directions that stay, and the multiple is the one that leaves the trace as it was.
+`docs/history.md` has the error bound.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Form = Literal["rows", "dense", "diagonal"]
+
+
+@dataclass(frozen=True, eq=False)
+class Moment:
+    """The matrix `weight · A`, in float64.
+
+    Attributes:
+        form: What `tensor` is.
+        tensor: `"rows"`: `R` of shape `[*groups, m, d]` with `Rᵀ R = weight · A`;
+            `"dense"`: the matrix, `[*groups, d, d]`; `"diagonal"`: its diagonal,
+            `[1, d]`.
+        weight: `> 0`, what `tensor` has to be divided by.
+        dropped: `>= 0`, the trace of `weight · A`, summed over groups, that `tensor`
+            lacks. It counts as spread evenly over all eigenvalues.
+    """
+
+    form: Form
+    tensor: Float[Tensor, "*groups rows dim"]
+    weight: float
+    dropped: float = 0.0
+
+    @property
+    def dim(self) -> int:
+        """The size `d` of one group's block."""
+        return self.tensor.shape[-1]
+
+    @property
+    def eigenvalues(self) -> int:
+        """How many eigenvalues the factor has: groups times `d`."""
+        groups = self.tensor.shape[0] if self.tensor.ndim == 3 else 1
+        return groups * self.dim
+
+    @property
+    def mean_eigenvalue(self) -> float:
+        """`tr A` over the number of eigenvalues, exact; 0 for an empty factor."""
+        if self.eigenvalues == 0:
+            return 0.0
+        return (_trace(self) + self.dropped) / (self.weight * self.eigenvalues)
+
+    @property
+    def mean_dropped(self) -> float:
+        """What truncation takes off the mean eigenvalue; damping gives it back."""
+        return self.dropped / (self.weight * max(self.eigenvalues, 1))
+
+    def scaled(self, by: float) -> "Moment":
+        """Give the factor another weight.
+
+        Args:
+            by: `>= 0`, what the weight is multiplied by.
+
+        Returns:
+            A moment of the same factor.
+        """
+        return replace(
+            self,
+            tensor=self.tensor * (math.sqrt(by) if self.form == "rows" else by),
+            weight=self.weight * by,
+            dropped=self.dropped * by,
+        )
+
+    def condensed(self) -> "Moment":
+        """Replace `d` rows or more by the matrix, which is smaller then.
+
+        Returns:
+            The same moment, but never in more than `d` rows.
+        """
+        if self.form != "rows" or self.tensor.shape[-2] < self.dim:
+            return self
+        return replace(self, form="dense", tensor=self.tensor.mT @ self.tensor)
+
+    def compressed(self, *, rank: int | None, energy: float = 1.0) -> "Moment":
+        """Keep the leading eigen-directions and count the trace of the others.
+
+        A diagonal is never cut. All groups keep equally many directions, and nothing is
+        decomposed where nothing can be cut.
+
+        Args:
+            rank: At least 1: most directions to keep; None for no limit.
+            energy: In (0, 1]: fewest directions that hold this share of the trace, what
+                was dropped before included.
+
+        Returns:
+            A moment with the same trace, in at most `rank` rows if any were cut.
+
+        Raises:
+            torch.linalg.LinAlgError: If the decomposition fails.
+        """
+        size = min(self.tensor.shape[-2:])
+        rank = size if rank is None else min(rank, size)
+        if self.form == "diagonal" or (rank == size and energy == 1):
+            return self
+        matrix = self.condensed()
+        by_rows = matrix.form == "rows"
+        gram = matrix.tensor @ matrix.tensor.mT if by_rows else matrix.tensor
+        values, vectors = torch.linalg.eigh(gram)
+        values = values.flip(-1).clamp(min=0)
+        if energy < 1:
+            total = _trace(self) + self.dropped
+            rank = min(rank, _holding(values, energy * total))
+        if rank == size:
+            return self
+        leading = vectors.mT.flip(-2)[..., :rank, :]
+        if by_rows:
+            kept = leading @ matrix.tensor
+        else:
+            kept = leading * values[..., :rank, None].sqrt()
+        cut = _trace(self) - float(kept.square().sum())
+        dropped = self.dropped + max(cut, 0.0)
+        return replace(self, form="rows", tensor=kept, dropped=dropped)
+
+
+def moment_of(
+    rows: Float[Tensor, "*groups rows dim"], *, count: int, diagonal: bool = False
+) -> Moment:
+    """Take the moment of one update from its rows.
+
+    Args:
+        rows: `X`, one row per example, of any floating-point dtype. Not modified.
+        count: `n >= 1`, the number of examples.
+        diagonal: Whether all but the diagonal of the factor is zero, whatever the rows
+            are; then their number needs not be `n`.
+
+    Returns:
+        `A = Xᵀ X / n`, or its diagonal, with the weight `n`.
+
+    Raises:
+        ValueError: If there are no examples, or numbers in `rows` are not finite or too
+            large for float64.
+    """
+    if count < 1:
+        raise ValueError(
+            f"A factor needs at least one row, got shape {tuple(rows.shape)}."
+        )
+    tensor = rows.to(torch.float64, copy=True)  # a history outlives its caller's rows
+    if diagonal:
+        tensor = tensor.square().sum(-2, keepdim=True)
+    # The weight n, not 1: unscaled rows lose nothing to rounding.
+    moment = Moment("diagonal" if diagonal else "rows", tensor, float(count))
+    trace = _trace(moment)
+    if not math.isfinite(trace):
+        raise ValueError(
+            f"The rows of a factor must be finite; the sum of their squares is {trace}."
+        )
+    return moment
+
+
+def add_moments(moments: Sequence[Moment]) -> Moment:
+    """Add moments of one layer's side.
+
+    Args:
+        moments: At least one, of the same groups and `d`; a diagonal only with others.
+
+    Returns:
+        Their sum, exact; a single moment as it is.
+    """
+    if len(moments) == 1:
+        return moments[0]
+    first = moments[0]
+    tensors = [moment.tensor for moment in moments]
+    rows = sum(tensor.shape[-2] for tensor in tensors)
+    form: Form = "diagonal"
+    if first.form == "diagonal":
+        tensor = torch.cat(tensors).sum(0, keepdim=True)
+    elif all(moment.form == "rows" for moment in moments) and rows < first.dim:
+        form, tensor = "rows", torch.cat(tensors, -2)
+    else:
+        form, tensor = "dense", _matrix(first)
+        for moment in moments[1:]:
+            tensor = tensor + _matrix(moment)
+    weight = sum(moment.weight for moment in moments)
+    return Moment(form, tensor, weight, sum(moment.dropped for moment in moments))
+
+
+def _matrix(moment: Moment) -> Tensor:
+    tensor = moment.tensor
+    return tensor.mT @ tensor if moment.form == "rows" else tensor
+
+
+def _trace(moment: Moment) -> float:
+    # Of `tensor`'s matrix, summed over groups.
+    if moment.form == "rows":
+        norm = float(torch.linalg.vector_norm(moment.tensor))
+        return norm * norm
+    if moment.form == "diagonal":
+        return float(moment.tensor.sum())
+    return float(moment.tensor.diagonal(dim1=-2, dim2=-1).sum())
+
+
+def _holding(values: Float[Tensor, "*groups size"], trace: float) -> int:
+    # How many leading eigenvalues of each group it takes to hold the trace.
+    held = values.reshape(-1, values.shape[-1]).sum(0).cumsum(0)
+    return int((held < trace).sum()) + 1

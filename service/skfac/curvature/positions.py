@@ -1,0 +1,166 @@
+"""Which positions of a sample count, and how they become rows.
+
+A layer that uses its weight at `S` positions of a sample (pixels, tokens) sees inputs
+`x̄_s` and output derivatives `g_s` there. Its two sides become rows as follows, where
+`n` counts the rows of `B` samples:
+
+| reduction   | activation rows          | derivative rows        | n     |
+|-------------|--------------------------|------------------------|-------|
+| `reduce`    | mean over s of x̄_s       | sum over s of g_s      | B     |
+| `authors`   | mean over s of x̄_s       | mean over s of g_s     | B     |
+| `subsample` | √S x̄_s at k positions    | g_s at the same k      | B · k |
+| `expand`    | √S x̄_s at all positions  | g_s at all positions   | B · S |
+
+`reduce` is exact for a linear network wherever the derivative is the same at every
+position, as it is below a mean or sum over positions; in front of a further convolution
+that cuts borders or strides it is an approximation. `expand` is exact where each
+position has a loss of its own. `subsample` is unbiased for `expand`. `authors` is what
+the SKFAC authors' code computes: a constant `S²` per layer away from `reduce`.
+
+Sources: Grosse & Martens, "A Kronecker-factored approximate Fisher matrix for
+convolution layers", ICML 2016 (`expand`); Eschenhagen et al., "Kronecker-Factored
+Approximate Curvature for Modern Neural Network Architectures", NeurIPS 2023 (`expand`
+and `reduce`); Tang et al., "SKFAC", CVPR 2021 (`subsample` and `authors`).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+Reduction = Literal["reduce", "authors", "subsample", "expand"]
+
+
+@dataclass(frozen=True, eq=False)
+class Positions:
+    """How the positions of one forward become rows; one value serves both sides.
+
+    Attributes:
+        reduction: What is done with them.
+        picked: Flat indices of the output positions that `subsample` keeps, ascending,
+            in the CPU's memory; None for the other reductions.
+        count: Positions `S` that they were drawn for, or None if that is not known.
+
+    Raises:
+        ValueError: If there are picked positions without `subsample`, or none with it.
+    """
+
+    reduction: Reduction
+    picked: Int[Tensor, " k"] | None
+    count: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.picked is None) == (self.reduction == "subsample"):
+            raise ValueError(
+                "Positions are picked for the reduction 'subsample' and no other, got "
+                f"{self.reduction!r} with picked={self.picked}. Use draw_positions()."
+            )
+
+
+def draw_positions(
+    reduction: Reduction, count: int, *, keep: int, seed: int
+) -> Positions:
+    """Choose the positions of one forward, the same for all samples of its batch.
+
+    Args:
+        reduction: What is done with the positions.
+        count: How many there are.
+        keep: How many `subsample` keeps, at least 1: all of them if there are fewer.
+        seed: Decides which, in the same way on every machine.
+
+    Returns:
+        The choice; `subsample` draws without replacement.
+
+    Raises:
+        ValueError: If `keep` is below 1.
+    """
+    if reduction != "subsample":
+        return Positions(reduction, None, count)
+    if keep < 1:
+        raise ValueError(f"subsample must keep at least 1 position, got {keep}.")
+    # On the CPU: the generators of other devices draw other numbers.
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return Positions(reduction, order[:keep].sort().values, count)
+
+
+def mean_rows(
+    values: Float[Tensor, "batch positions d"], positions: Positions
+) -> Float[Tensor, "n d"]:
+    """Make rows of the activations' side; samples come one after the other.
+
+    Returns:
+        New memory, row by row: products round differently in another layout.
+    """
+    if positions.reduction in ("reduce", "authors"):
+        return values.mean(1).contiguous()
+    rows = _kept(values, positions) * math.sqrt(values.shape[1])
+    return rows.flatten(0, 1).contiguous()
+
+
+def sum_rows(
+    values: Float[Tensor, "batch positions d"],
+    positions: Positions,
+    scale: float | Float[Tensor, ""],
+) -> Float[Tensor, "n d"]:
+    """Make rows of the derivatives' side, multiplied by `scale`.
+
+    Returns:
+        New memory, row by row: products round differently in another layout.
+    """
+    if positions.reduction == "reduce":
+        rows = values.sum(1)
+    elif positions.reduction == "authors":
+        rows = values.mean(1)
+    else:
+        rows = _kept(values, positions).flatten(0, 1)
+    return (rows * scale).contiguous()
+
+
+def by_sample(
+    values: Float[Tensor, "*batch_positions d"],
+) -> Float[Tensor, "batch positions d"]:
+    """Bring `[d]`, `[batch, d]` or `[batch, *positions, d]` to three dimensions.
+
+    Samples without any position have no rows: they are left out.
+
+    Returns:
+        A view where possible.
+    """
+    if values.ndim == 1:
+        return values.reshape(1, 1, -1)
+    batch, positions = sample_extents(values)
+    if positions == 0:
+        batch, positions = 0, 1
+    # Named extents, not -1: an empty batch must keep its shape.
+    return values.reshape(batch, positions, values.shape[-1])
+
+
+def sample_extents(values: Shaped[Tensor, "*batch_positions d"]) -> tuple[int, int]:
+    """Count samples and positions of `[d]`, `[batch, d]` or `[batch, *positions, d]`.
+
+    Returns:
+        Both.
+    """
+    if values.ndim == 1:
+        return 1, 1
+    return values.shape[0], math.prod(values.shape[1:-1])
+
+
+def with_bias_column(
+    rows: Float[Tensor, "*groups n features"], bias: bool
+) -> Float[Tensor, "*groups n d_in"]:
+    """Append a column of ones if the layer has a bias.
+
+    Returns:
+        The rows themselves if it has none.
+    """
+    return torch.cat([rows, rows.new_ones(*rows.shape[:-1], 1)], -1) if bias else rows
+
+
+def _kept(values: Tensor, positions: Positions) -> Tensor:
+    if positions.picked is None:
+        return values
+    return values.index_select(1, positions.picked.to(values.device))
