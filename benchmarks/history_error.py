@@ -134,7 +134,7 @@ def costs(rank: int | None) -> dict[str, Any]:
     torch.manual_seed(0)
     kept = LayerHistory.empty("ema")
     for _ in range(-(-TIMED_WIDTH // BATCH)):
-        rows = torch.randn(2, BATCH, TIMED_WIDTH).unbind()
+        rows = torch.randn(BATCH, TIMED_WIDTH), torch.randn(BATCH, TIMED_WIDTH)
         kept = kept.fold(*rows, settings(rank))
     layer = kept.precondition(settings(rank), "pi", damping=DAMPING)
     gradient = torch.randn(TIMED_WIDTH, TIMED_WIDTH)

@@ -104,7 +104,7 @@ def _capturing(layer: _Layer) -> Any:  # noqa: ANN401  # torch names no type for
     def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if output.requires_grad:
             layer.inputs = inputs[0].detach()
-            output.register_hook(keep_derivatives)
+            output.register_hook(keep_derivatives)  # type: ignore[no-untyped-call]  # untyped
 
     return hook
 

@@ -71,4 +71,5 @@ def orthogonalized(matrix: Tensor) -> Tensor:
     for _ in range(_ITERATIONS):
         gram = wide @ wide.T
         wide = a * wide + (b * gram + c * gram @ gram) @ wide
-    return wide.T if matrix.shape[0] > matrix.shape[1] else wide
+    result: Tensor = wide.T if matrix.shape[0] > matrix.shape[1] else wide
+    return result

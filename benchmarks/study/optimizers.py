@@ -38,7 +38,7 @@ def muon(model: nn.Module, settings: Settings) -> Optimizer:
     own = dict(settings)
     adamw_lr = own.pop("adamw_lr")
     layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    hidden: list[nn.Parameter] = [layer.weight for layer in layers[:-1]]
+    hidden = [next(layer.parameters()) for layer in layers[:-1]]
     optimizer = Muon(hidden, **own)
     return _with_adamw(optimizer, _others(model, hidden), adamw_lr)
 
@@ -49,7 +49,10 @@ def soap(model: nn.Module, settings: Settings) -> Optimizer:
 
     # Compiling takes longer than a whole run here.
     heavyball.utils.compile_mode = None
-    return heavyball.SOAP(model.parameters(), **settings)
+    # It supports that as SOAP is made here, and says so by this warning.
+    warnings.filterwarnings("ignore", "Learning rate changed", UserWarning)
+    optimizer: Optimizer = heavyball.SOAP(model.parameters(), **settings)
+    return optimizer
 
 
 def singd(model: nn.Module, settings: Settings) -> Optimizer:

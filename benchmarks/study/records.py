@@ -7,7 +7,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study.plan import Settings, Trial, Variant, settings_of
+from benchmarks.study.plan import (
+    TUNE_SEED,
+    Settings,
+    Trial,
+    Variant,
+    baseline,
+    settings_of,
+)
 
 Record = dict[str, Any]
 
@@ -72,7 +79,13 @@ class Records:
             The first of the best ones; None while a trial of the group is missing.
         """
         trials = [
-            Trial(task=task, variant=group, settings=settings, seed=0, stage="tune")
+            Trial(
+                task=task,
+                variant=group,
+                settings=settings,
+                seed=TUNE_SEED,
+                stage="tune",
+            )
             for settings in settings_of(group)
         ]
         found = [self.of(trial) for trial in trials]
@@ -103,10 +116,10 @@ class Records:
     def compare(self) -> None:
         """Fill in `steps_to_adamw_best` and `sgd_final_val_loss` everywhere."""
         for task in {record["task"] for record in self._records}:
-            adamw = self.finals(task, Variant(optimizer="adamw"))
-            sgd = self.finals(task, Variant(optimizer="sgd"))
-            target = _median(map(best_loss, adamw))
-            sgd_end = _median(map(final_loss, sgd))
+            adamw = self.finals(task, baseline("adamw"))
+            sgd = self.finals(task, baseline("sgd"))
+            target = median(map(best_loss, adamw))
+            sgd_end = median(map(final_loss, sgd))
             for record in self._records:
                 if record["task"] == task:
                     record["steps_to_adamw_best"] = steps_to(record, target)
@@ -152,10 +165,14 @@ def steps_to(record: Record, target: float | None) -> int | None:
     return None
 
 
-def _median(values: Iterable[float]) -> float | None:
-    # Of a run that diverged, the loss is infinite; JSON has no infinity.
-    median = statistics.median([*values] or [math.inf])
-    return median if math.isfinite(median) else None
+def median(values: Iterable[float]) -> float | None:
+    """Take the median of losses or steps, of which a run that failed has infinity.
+
+    Returns:
+        It; None if there is none or it is not finite, as JSON has no infinity.
+    """
+    middle = statistics.median([*values] or [math.inf])
+    return middle if math.isfinite(middle) else None
 
 
 _KEY = ("task", "optimizer", "history", "lag", "update_every", "seed")

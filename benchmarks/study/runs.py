@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass
@@ -111,7 +111,14 @@ def outcome_of(trial: Trial, task: Task, *, epochs: int) -> Record:
     events: list[Event] = []
     report: dict[str, Any] | None = None
     diverged = False
-    training = train(task, partial(recipe, trial), epochs=epochs, seed=trial.seed)
+    # Of all threads, so that the engine's work counts and other processes do not.
+    training = train(
+        task,
+        partial(recipe, trial),
+        epochs=epochs,
+        seed=trial.seed,
+        clock=time.process_time,
+    )
     with closing(training):
         try:
             for event in training:
@@ -121,7 +128,8 @@ def outcome_of(trial: Trial, task: Task, *, epochs: int) -> Record:
                 elif not event.loss < _DIVERGED_AT:  # NaN as well
                     diverged = True
                     break
-        except torch.linalg.LinAlgError:  # a baseline's factors are not finite
+        # A baseline's factors are not finite.
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # C++ has it
             diverged = True
     points = [event for event in events if isinstance(event, Validation)]
     outcome = {
@@ -137,7 +145,7 @@ def outcome_of(trial: Trial, task: Task, *, epochs: int) -> Record:
     return outcome if report is None else outcome | {"versions": report["versions"]}
 
 
-def run_all(trials: Iterable[Trial], *, jobs: int) -> Iterator[Done]:
+def run_all(trials: Iterable[Trial], *, jobs: int) -> Generator[Done]:
     """Do trials in processes of their own, each on a core of its own.
 
     When the caller stops early, for whatever reason, the processes are ended.

@@ -7,7 +7,7 @@ from functools import cache, partial
 import torch
 from autoencoder import autoencoding
 from common.data import fashion_mnist, python_manual
-from common.training import Task
+from common.training import Task as Task  # for the tests, which lack the path
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
@@ -116,7 +116,8 @@ class Block(nn.Module):
         query, key, value = heads.permute(2, 0, 3, 1, 4)
         mixed = scaled_dot_product_attention(query, key, value, is_causal=True)
         states = states + self.out(mixed.transpose(1, 2).flatten(2))
-        return states + self.mlp(self.mlp_norm(states))
+        result: Tensor = states + self.mlp(self.mlp_norm(states))
+        return result
 
 
 class CharacterTransformer(nn.Module):
@@ -137,7 +138,8 @@ class CharacterTransformer(nn.Module):
     def forward(self, characters: Tensor) -> Tensor:
         """Map characters (batch, length) to logits (batch, length, vocabulary)."""
         states = self.embedding(characters) + self.positions[: characters.shape[1]]
-        return self.head(self.norm(self.blocks(states)))
+        logits: Tensor = self.head(self.norm(self.blocks(states)))
+        return logits
 
 
 def _clothes(

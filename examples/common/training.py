@@ -90,7 +90,12 @@ Event = Step | Validation | Result
 
 
 def train(
-    task: Task, recipe: Recipe, *, epochs: int, seed: int
+    task: Task,
+    recipe: Recipe,
+    *,
+    epochs: int,
+    seed: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Generator[Event, None, None]:
     """Train a model, its learning rate falling linearly to 0.
 
@@ -102,6 +107,7 @@ def train(
         recipe: Makes the optimizer, and perhaps a preconditioner.
         epochs: Passes over the training digits.
         seed: Fixes the initial parameters and the order of the batches.
+        clock: Tells the seconds.
 
     Yields:
         A `Step` after each step, a `Validation` at the start, whenever the task asks
@@ -119,7 +125,7 @@ def train(
         validation = _validate(task, model, 0, seconds)
         yield validation
         for step, batch in enumerate(_batches(task, epochs, seed), start=1):
-            start = time.perf_counter()
+            start = clock()
             loss = task.loss(model(task.inputs[batch]), task.targets[batch])
             loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
             if preconditioner is not None:
@@ -127,7 +133,7 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-            seconds += time.perf_counter() - start
+            seconds += clock() - start
             yield Step(step, seconds, loss.item())
             diverged = not math.isfinite(loss.item())
             if diverged or step % validate_every == 0 or step == steps:

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -70,7 +71,7 @@ def train(
     """
     model = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
-    settings = {
+    chosen: dict[str, Any] = {
         "update_every": 2,
         "lag": 1,
         "on_late": "wait",
@@ -78,7 +79,7 @@ def train(
         "kl_clip": 1e-3,
     } | settings
     with Preconditioner(
-        model, optimizer, apply=apply, grad_scaler=scaler, **settings
+        model, optimizer, apply=apply, grad_scaler=scaler, **chosen
     ) as preconditioner:
         for step in range(STEPS):
             backward(model, step, scaler)

@@ -145,7 +145,7 @@ def test_sum_is_the_weighted_mean(counts, groups):
         for rows, n, w in zip(updates, counts, weights, strict=True)
     ]
 
-    total = add_moments(moments)
+    total = add_moments(*moments)
 
     factors = map(whole_factor, updates)
     expected = weighted_mean(factors, [w / sum(weights) for w in weights])
@@ -157,7 +157,7 @@ def test_sum_is_the_weighted_mean(counts, groups):
 def test_sum_keeps_what_each_had_dropped():
     parts = [moment(6, 9, seed=j).compressed(rank=2) for j in range(3)]
 
-    total = add_moments(parts)
+    total = add_moments(*parts)
 
     assert total.dropped == pytest.approx(sum(part.dropped for part in parts))
     mean = sum(map(trace_of, parts)) / 3
@@ -167,7 +167,7 @@ def test_sum_keeps_what_each_had_dropped():
 def test_sum_of_diagonals_is_one_diagonal():
     updates = [normal(m, 5, seed=m) for m in (2, 3)]
 
-    total = add_moments([moment_of(rows, count=2, diagonal=True) for rows in updates])
+    total = add_moments(*(moment_of(rows, count=2, diagonal=True) for rows in updates))
 
     expected = (diagonal_factor(updates[0], 2) + diagonal_factor(updates[1], 2)) / 2
     assert (total.form, total.tensor.shape) == ("diagonal", (1, 5))
@@ -177,7 +177,7 @@ def test_sum_of_diagonals_is_one_diagonal():
 def test_a_single_moment_is_its_own_sum():
     taken = moment(12, 5)
 
-    assert add_moments([taken]) is taken
+    assert add_moments(taken) is taken
 
 
 @SHAPES

@@ -199,6 +199,17 @@ def test_rejects_a_condition_that_float64_cannot_hold(shape):
         invert_factor(rows, damping=1.0)
 
 
+@pytest.mark.parametrize("shape", [(8, 20), (20, 8)])
+def test_condition_counts_rows_that_are_alike(shape):
+    # Eight equal eigenvalues would be within the limit; one of their sum is not.
+    rows = torch.ones(shape)
+    rows[0] = 0
+    largest = float(torch.linalg.eigvalsh(factor(rows.double()))[-1])
+
+    with pytest.raises(LinAlgError, match=r"torch\.float32 holds at most"):
+        invert_factor(rows, damping=largest / 2e6)
+
+
 @given(count=st.integers(1, 6), dim=st.integers(1, 9), seed=st.integers(0, 2**32 - 1))
 def test_an_accepted_float32_inverse_is_positive_definite(count, dim, seed):
     rows = normal(count, dim, seed=seed)

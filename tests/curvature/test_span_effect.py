@@ -44,7 +44,11 @@ def batch(seed: int) -> Batch:
 
 
 def preconditioner(
-    history: History, split: DampingSplit, *, rank: int | None = None, scale: float = 1.0
+    history: History,
+    split: DampingSplit,
+    *,
+    rank: int | None = None,
+    scale: float = 1.0,
 ) -> LayerPreconditioner:
     """Built from batches 1 to `UPDATES`, of which a snapshot keeps the last.
 

@@ -91,7 +91,7 @@ class Reference:
     def step(self) -> None:
         if self.number % self.update_every == 0:
             self.histories = [
-                history.fold(*self.rows[id(layer)], SETTINGS)
+                history.fold(self.rows[id(layer)][0], self.rows[id(layer)][1], SETTINGS)
                 for layer, history in zip(self.layers, self.histories, strict=True)
             ]
             self.versions[self.number] = [

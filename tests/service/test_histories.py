@@ -2,14 +2,15 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from skfac.curvature.factor import Moment
+from skfac.service.histories import Histories
 from skfac.wire.errors import (
     InvalidRequestError,
-    LimitExceededError,
     ServerUnavailableError,
     SessionMismatchError,
 )
@@ -17,24 +18,19 @@ from skfac.wire.outcome import Version
 from skfac.wire.session import SessionSpec
 from skfac.wire.state import LayerState, SessionState
 from tests.support.values import (
+    MIXED,
     Harness,
     assert_same_history,
     assert_same_preconditioner,
     folded,
-    layer_spec,
     session_spec,
     snapshot,
 )
 
-LAYERS = (
-    layer_spec("linear", 9, 5),
-    layer_spec("grouped", 6, 4, kind="conv2d", groups=3),
-    layer_spec("embedding", 11, 7, kind="embedding", bias=False, diagonal=True),
-)
-EMA = session_spec(*LAYERS, history="ema", on_late="wait")
+EMA = session_spec(*MIXED, history="ema", on_late="wait")
 WINDOW = replace(EMA, history="window")
 BOTH = pytest.mark.parametrize("spec", [EMA, WINDOW], ids=["ema", "window"])
-SETTINGS = {"decay": 0.7, "window": 3, "rank_cap": 4}
+SETTINGS: dict[str, Any] = {"decay": 0.7, "window": 3, "rank_cap": 4}
 
 
 def sent_to(spec: SessionSpec, steps: range):
@@ -88,7 +84,8 @@ def test_a_session_goes_on_from_what_was_exported(harness, spec):
     for actual, expected in zip(after, uninterrupted, strict=True):
         assert isinstance(actual, Version)
         assert isinstance(expected, Version)
-        assert actual.updates == expected.updates == (6 if spec is EMA else 3)
+        updates = 3 if spec is WINDOW else 1 + actual.step
+        assert actual.updates == expected.updates == updates
         assert_same_preconditioner(actual.preconditioner, expected.preconditioner)
 
 
@@ -109,6 +106,17 @@ def test_layers_without_rows_have_no_history(harness):
     (state,) = harness.engine.export_state(session_id).layers
 
     assert (state.layer, state.step, state.history.updates) == (1, 0, 1)
+
+
+def test_an_older_step_that_comes_late_does_not_turn_the_step_back():
+    histories, sent = Histories(EMA, max_bytes=1), sent_to(EMA, range(2))
+    histories.store(0, 9, folded(EMA, sent[:1])[0])
+    histories.store(0, 4, folded(EMA, sent)[0])
+
+    (state,) = histories.state().layers
+
+    assert (state.step, state.history.updates) == (9, 2)
+    assert histories.nbytes == state.history.nbytes
 
 
 def test_an_import_replaces_what_was_imported_before(harness):
@@ -298,141 +306,3 @@ def test_moments_of_float32_and_dense_ones_are_taken(harness):
 
     (taken, *_) = harness.engine.export_state(session_id).layers
     assert_same_history(taken.history, state.layers[0].history)
-
-
-# ------------------------------------------------------------------- limits
-
-
-def full_bytes(spec: SessionSpec, *, rows: int, rank: int | None, window: int) -> int:
-    """What float64 histories take once they are full, written out."""
-    total = 0
-    for layer in spec.layers:
-        for dim, diagonal in ((layer.d_in, layer.diagonal), (layer.d_out, False)):
-            ema = spec.history == "ema"
-            kept = min(rank or dim if ema else rows, dim)
-            updates = window if spec.history == "window" else 1
-            kept = 1 if diagonal else kept
-            total += 8 * updates * layer.groups * kept * dim
-    return total
-
-
-@BOTH
-@pytest.mark.parametrize(("count", "rank"), [(2, 3), (6, None), (40, 5)])
-def test_histories_grow_to_what_was_checked_and_no_further(spec, count, rank):
-    limit = full_bytes(spec, rows=count, rank=rank, window=3)
-    settings = {"count": count, "rank_cap": rank, "window": 3, "damping": 1.0}
-    with Harness(max_history_bytes=limit) as harness:
-        session_id = harness.open(spec)
-        for step in range(12):
-            harness.solve(session_id, snapshot(spec, step, **settings))
-        taken = harness.engine.status().sessions[0].history_bytes
-    with Harness(max_history_bytes=limit - 1) as harness:
-        session_id = harness.open(spec)
-        with pytest.raises(
-            LimitExceededError,
-            match=f"take up to {limit} bytes, over max_history_bytes = {limit - 1}",
-        ):
-            harness.engine.submit(session_id, snapshot(spec, 0, **settings))
-
-    assert taken == limit
-
-
-@pytest.mark.parametrize(
-    ("spec", "way_out", "smaller"),
-    [
-        (EMA, "a smaller `rank`", {"rank_cap": 1}),
-        (WINDOW, "a smaller `window`", {"window": 1}),
-    ],
-)
-def test_the_way_out_of_the_limit_is_one(spec, way_out, smaller):
-    with Harness(max_history_bytes=4000) as harness:
-        session_id = harness.open(spec)
-        with pytest.raises(LimitExceededError, match=way_out):
-            harness.engine.admit(session_id, snapshot(spec, 0).header)
-
-        assert harness.solve(session_id, snapshot(spec, 0, **smaller))
-        assert harness.engine.status().sessions[0].refused == 1
-
-
-def test_the_rows_of_all_ranks_count():
-    spec = replace(WINDOW, world_size=3)
-    limit = full_bytes(spec, rows=3, rank=None, window=2)
-    with Harness(max_history_bytes=limit) as harness:
-        session_id = harness.open(spec)
-        sent = [snapshot(spec, 0, rank, count=1, window=2) for rank in range(3)]
-        assert harness.solve(session_id, *sent)
-        with pytest.raises(LimitExceededError):
-            harness.engine.admit(
-                session_id, snapshot(spec, 1, count=2, window=2).header
-            )
-
-
-def test_layers_that_are_not_in_a_snapshot_count():
-    one = full_bytes(replace(EMA, layers=LAYERS[:1]), rows=4, rank=2, window=1)
-    rest = full_bytes(replace(EMA, layers=LAYERS[1:]), rows=4, rank=2, window=1)
-    with Harness(max_history_bytes=one + rest - 1) as harness:
-        session_id = harness.open(EMA)
-        harness.solve(session_id, snapshot(EMA, 0, layers=[0], rank_cap=2))
-        other = snapshot(EMA, 1, layers=[1, 2], rank_cap=2)
-        with pytest.raises(LimitExceededError, match="take up to"):
-            harness.engine.admit(session_id, other.header)
-
-
-def test_without_histories_there_is_no_limit():
-    spec = replace(EMA, history="snapshot")
-    with Harness(max_history_bytes=1) as harness:
-        assert harness.solve(harness.open(spec), snapshot(spec))
-
-
-def test_a_state_over_the_limit_is_refused():
-    state = state_after(EMA, 2)
-    nbytes = sum(layer.history.nbytes for layer in state.layers)
-    with Harness(max_history_bytes=nbytes - 1) as harness:
-        session_id = harness.open(EMA)
-        with pytest.raises(LimitExceededError, match=f"take up to {nbytes} bytes"):
-            harness.engine.import_state(session_id, state)
-        harness.engine.import_state(session_id, SessionState(state.layers[1:]))
-    with Harness(max_history_bytes=nbytes) as harness:
-        harness.engine.import_state(harness.open(EMA), state)
-
-
-# ------------------------------------------------------------------- shapes of rows
-
-
-@pytest.mark.parametrize(
-    ("layer", "side", "shape", "expected"),
-    [
-        (1, "activations", (4, 6), r"expected \(3, rows, 6\)"),
-        (1, "derivatives", (2, 4, 4), r"expected \(3, rows, 4\)"),
-        (1, "derivatives", (3, 4, 5), r"expected \(3, rows, 4\)"),
-        (1, "derivatives", (3, 5, 4), "4 rows of activations and 5 of derivatives"),
-        (0, "activations", (1, 4, 9), r"expected \(rows, 9\)"),
-        (2, "derivatives", (1, 4, 7), r"expected \(rows, 7\)"),
-        (2, "activations", (4, 12), r"expected \(rows, 11\)"),
-        (2, "activations", (11,), r"have shape \(11,\); expected \(rows, 11\)"),
-    ],
-)
-def test_rows_of_wrong_shapes_are_refused(harness, layer, side, shape, expected):
-    sent = snapshot(EMA, 0)
-    rows = list(sent.layers)
-    rows[layer] = replace(rows[layer], **{side: torch.ones(shape)})
-
-    with pytest.raises(InvalidRequestError, match=expected):
-        harness.engine.admit(
-            harness.open(EMA), replace(sent, layers=tuple(rows)).header
-        )
-
-
-def test_an_embedding_may_have_any_number_of_activation_rows(harness):
-    spec = session_spec(LAYERS[2], history="snapshot", on_late="wait")
-    session_id, sent = harness.open(spec), snapshot(spec)
-    for step, count in enumerate((0, 1, 9)):
-        rows = replace(sent.layers[0], activations=torch.ones(count, 11))
-        one = replace(sent, step=step, layers=(rows,))
-        (version,) = harness.solve(session_id, one)
-
-        assert isinstance(version, Version)
-        assert version.rows == 4
-        inverse = version.preconditioner.activations
-        diagonal = torch.full((1, 11), 1 / (count / 4 + inverse.damping))
-        torch.testing.assert_close(inverse.tensor, diagonal)

@@ -148,6 +148,38 @@ def test_the_series_of_a_job_that_comes_back_go_on(harness, replaced):
         assert value(harness.metrics, "skfac_outcomes_total", **labels) == 2
 
 
+@pytest.mark.parametrize("how", ["closed", "lease", "replaced"])
+def test_a_closed_session_has_no_history(harness, how):
+    spec = session_spec(history="ema")
+    session_id, labels = harness.open(spec), {"session": "job"}
+    assert value(harness.metrics, "skfac_history_bytes", **labels) == 0
+    harness.solve(session_id, snapshot(spec))
+    nbytes = value(harness.metrics, "skfac_history_bytes", **labels)
+
+    if how == "closed":
+        harness.engine.close_session(session_id, 0)
+    elif how == "lease":
+        harness.advance(60.0)
+    else:
+        harness.open(replace(spec, instance="run 2"))
+
+    assert nbytes == (3 * 3 + 2 * 2) * 8
+    assert value(harness.metrics, "skfac_history_bytes", **labels) == 0
+
+
+def test_the_rows_of_inverses_are_counted(harness):
+    spec = session_spec(layer_spec(d_in=9, d_out=3))
+    session_id = harness.open(spec)
+
+    harness.solve(session_id, snapshot(spec, 0, count=5))
+    harness.solve(session_id, snapshot(spec, 1, count=2))
+
+    for side, rows in (("activations", 5 + 2), ("derivatives", 3 + 2)):
+        labels = {"session": "job", "side": side}
+        assert value(harness.metrics, "skfac_inverse_rank_sum", **labels) == rows
+        assert value(harness.metrics, "skfac_inverse_rank_count", **labels) == 2
+
+
 def test_other_sessions_keep_their_series(harness):
     one, other = harness.open(session_spec()), harness.open(session_spec(job="other"))
     for session_id in (one, other):

@@ -50,6 +50,14 @@ def layer_spec(
     return replace(LayerSpec(name, "linear", d_in, d_out, True), **changes)
 
 
+MIXED = (
+    layer_spec("linear", 9, 5),
+    layer_spec("grouped", 6, 4, kind="conv2d", groups=3),
+    layer_spec("embedding", 11, 7, kind="embedding", bias=False, diagonal=True),
+)
+"""One layer of each shape that rows can have."""
+
+
 def session_spec(*layers: LayerSpec, **changes: Any) -> SessionSpec:
     """A session of one rank that solves each version at once."""
     spec = SessionSpec(

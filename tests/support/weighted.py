@@ -134,7 +134,7 @@ class Run:
         return self.history.precondition(settings(**changes), "pi", damping=damping)
 
 
-def run_of(history: History, *, diagonal: bool = False, **sizes: int) -> Run:
+def run_of(history: History, *, diagonal: bool = False, **sizes: Any) -> Run:
     return Run(LayerHistory.empty(history, diagonal=diagonal), **sizes)
 
 

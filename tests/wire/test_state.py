@@ -48,17 +48,22 @@ LAYERS = st.fixed_dictionaries(
 
 def state_of(drawn) -> LayerState:
     """Any numbers in any form: whether they fit a session is another question."""
-    sides = (
-        tuple(
-            Moment(form, normal(*shape, seed=seed).to(dtype), weight, dropped)
-            for seed, (form, shape, dtype, weight, dropped) in enumerate(side)
-        )
-        for side in (drawn["activations"], drawn["derivatives"])
-    )
     history = LayerHistory(
-        drawn["history"], drawn["diagonal"], *sides, drawn["updates"], drawn["dtype"]
+        history=drawn["history"],
+        diagonal=drawn["diagonal"],
+        activations=moments_of(drawn["activations"]),
+        derivatives=moments_of(drawn["derivatives"]),
+        updates=drawn["updates"],
+        dtype=drawn["dtype"],
     )
     return LayerState(drawn["layer"], drawn["step"], history)
+
+
+def moments_of(side) -> tuple[Moment, ...]:
+    return tuple(
+        Moment(form, normal(*shape, seed=seed).to(dtype), weight, dropped)
+        for seed, (form, shape, dtype, weight, dropped) in enumerate(side)
+    )
 
 
 def received(frames: Iterable[bytes]) -> tuple[str, SessionState]:

@@ -22,7 +22,7 @@ Typical sequence of one rank:
 
 Statuses, and what to do: UNAVAILABLE, CANCELLED, DEADLINE_EXCEEDED: reconnect and
 resend what has no outcome yet. NOT_FOUND: the session is gone; open it again.
-FAILED_PRECONDITION: this rank disagrees with the session; do not retry.
+FAILED_PRECONDITION: this rank or state contradicts the session; do not retry.
 INVALID_ARGUMENT: the caller sent something wrong; do not retry.
 RESOURCE_EXHAUSTED: a limit of the server, named in the message.
 """

@@ -16,7 +16,6 @@ the directions that stay, and the multiple is the one that leaves the trace as i
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -171,7 +170,7 @@ def moment_of(
     return moment
 
 
-def add_moments(moments: Sequence[Moment]) -> Moment:
+def add_moments(*moments: Moment) -> Moment:
     """Add moments of one layer's side.
 
     Args:

@@ -133,7 +133,7 @@ class LayerHistory:
         if not self.updates:
             raise ValueError("A history without updates cannot precondition a layer.")
         activations, derivatives = (
-            add_moments(side).compressed(rank=settings.rank, energy=settings.energy)
+            add_moments(*side).compressed(rank=settings.rank, energy=settings.energy)
             for side in (self.activations, self.derivatives)
         )
         return precondition_moments(
@@ -159,4 +159,4 @@ def _fold(
     older = tuple(moment.scaled(decay) for moment in moments if decay * moment.weight)
     if history == "window":
         return (*older, newest)[-settings.window :]
-    return (add_moments((*older, newest)).compressed(rank=settings.rank),)
+    return (add_moments(*older, newest).compressed(rank=settings.rank),)

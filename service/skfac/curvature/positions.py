@@ -69,7 +69,7 @@ def draw_positions(
         reduction: What is done with the positions.
         count: How many there are.
         keep: How many `subsample` keeps, at least 1: all of them if there are fewer.
-        seed: Decides which, in the same way on every machine.
+        seed: Decides which, in the same way on every machine, by its last 64 bits.
 
     Returns:
         The choice; `subsample` draws without replacement.
@@ -82,7 +82,8 @@ def draw_positions(
     if keep < 1:
         raise ValueError(f"subsample must keep at least 1 position, got {keep}.")
     # On the CPU: the generators of other devices draw other numbers.
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(_mixed(seed))
+    order = torch.randperm(count, generator=generator)
     return Positions(reduction, order[:keep].sort().values, count)
 
 
@@ -95,9 +96,11 @@ def mean_rows(
         New memory, row by row: products round differently in another layout.
     """
     if positions.reduction in ("reduce", "authors"):
-        return values.mean(1).contiguous()
-    rows = _kept(values, positions) * math.sqrt(values.shape[1])
-    return rows.flatten(0, 1).contiguous()
+        rows = values.mean(1)
+    else:
+        rows = _kept(values, positions) * math.sqrt(values.shape[1])
+        rows = rows.flatten(0, 1)
+    return rows.contiguous()
 
 
 def sum_rows(
@@ -158,6 +161,16 @@ def with_bias_column(
         The rows themselves if it has none.
     """
     return torch.cat([rows, rows.new_ones(*rows.shape[:-1], 1)], -1) if bias else rows
+
+
+def _mixed(seed: int) -> int:
+    # torch's generator on the CPU looks at 32 bits only. The finalizer of SplitMix64
+    # (Steele, Lea & Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA
+    # 2014) makes them depend on all 64.
+    bits = seed % 2**64
+    bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB % 2**64
+    return (bits ^ (bits >> 31)) % 2**32
 
 
 def _kept(values: Tensor, positions: Positions) -> Tensor:

@@ -1,0 +1,115 @@
+"""What trainers do with losses: look at gradients, sum them, penalise them."""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from skfac.client import Preconditioner
+from tests.compatibility.cells import gradients_of
+from tests.compatibility.steps import (
+    EXACT,
+    assert_same,
+    both_spaces,
+    mlp,
+    preconditioned,
+    sgd,
+    squares,
+)
+from tests.support.dense import normal
+
+
+def parameter_gradients(loss: Tensor, model: nn.Module, inputs: Tensor) -> None:
+    torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+
+
+def input_gradients(loss: Tensor, model: nn.Module, inputs: Tensor) -> None:
+    torch.autograd.grad(loss, inputs, retain_graph=True)
+
+
+def differentiable_gradients(loss: Tensor, model: nn.Module, inputs: Tensor) -> None:
+    torch.autograd.grad(loss, inputs, create_graph=True)
+
+
+@both_spaces
+@pytest.mark.parametrize("trust", ["none", "kl"])
+@pytest.mark.parametrize(
+    "look", [parameter_gradients, input_gradients, differentiable_gradients]
+)
+def test_gradients_that_are_only_looked_at_do_not_count(apply, trust, look):
+    def backward(model: nn.Module) -> None:
+        inputs = x.clone().requires_grad_()
+        loss = squares(model(inputs))
+        look(loss, model, inputs)
+        loss.backward()
+
+    model, x = mlp(4, 6, 3), normal(8, 4)
+    settings = {"apply": apply, "trust": trust, "kl_clip": 1e-4}
+    found = preconditioned(model, backward, **settings)
+    expected = preconditioned(model, lambda m: squares(m(x)).backward(), **settings)
+    assert_same(found, expected)
+
+
+@both_spaces
+def test_two_losses_of_one_forward_are_their_sum(apply):
+    def backward(model: nn.Module) -> None:
+        outputs = model(x)
+        squares(outputs).backward(retain_graph=True)
+        (3 * outputs.sum(1).mean()).backward()
+
+    def at_once(model: nn.Module) -> None:
+        outputs = model(x)
+        (squares(outputs) + 3 * outputs.sum(1).mean()).backward()
+
+    model, x = mlp(4, 6, 3), normal(8, 4)
+    settings = {"apply": apply, "trust": "kl", "kl_clip": 1e-4}
+    found = preconditioned(model, backward, **settings)
+    assert_same(found, preconditioned(model, at_once, **settings))
+
+
+def penalised(model: nn.Module, x: Tensor) -> None:
+    """The gradient of a loss and of the square of its gradient by the inputs."""
+    inputs = x.clone().requires_grad_()
+    loss = squares(model(inputs))
+    (slope,) = torch.autograd.grad(loss, inputs, create_graph=True)
+    (loss + slope.square().sum()).backward()
+
+
+@both_spaces
+def test_a_gradient_penalty_keeps_its_gradient(apply):
+    # The damping is far above both factors: the preconditioner is 1/damping.
+    model, plain, x = mlp(4, 6, 3), mlp(4, 6, 3), normal(8, 4)
+    penalised(plain, x)
+    damping = 1e16
+    found = preconditioned(
+        model, lambda m: penalised(m, x), apply=apply, damping=damping
+    )
+    for name, gradient in gradients_of(plain).items():
+        torch.testing.assert_close(
+            damping * found[name], gradient, rtol=1e-3, atol=1e-6
+        )
+
+
+def test_a_weight_penalty_sends_its_layer_to_gradient_space(caplog):
+    def backward(model: Any) -> None:
+        (squares(model(x)) + model[0].weight.square().sum()).backward()
+
+    x = normal(8, 4)
+    found = []
+    with caplog.at_level(logging.WARNING):
+        for apply in ("row", "gradient"):
+            model = mlp(4, 6, 3)
+            with Preconditioner(model, sgd(model), **EXACT, apply=apply) as pre:
+                for _ in range(3):
+                    model.zero_grad()
+                    backward(model)
+                    pre.step()
+                layers = pre.report()["layers"]
+            assert layers["0"]["apply"] == "gradient"
+            assert layers["2"]["apply"] == apply
+            found.append(gradients_of(model))
+    assert_same(*found)
+    (record,) = caplog.records
+    assert "Layer '0' is preconditioned in gradient space from now on" in record.message
