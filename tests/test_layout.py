@@ -23,7 +23,14 @@ MAY_IMPORT = {
 }
 # The embedded target runs the server's engine in the trainer's process.
 EXCEPTIONS = {("client", "embedded.py"): {"service"}}
-FOREIGN_TO_CURVATURE = {"torch", "jaxtyping", "math", "dataclasses", "typing"}
+FOREIGN_TO_CURVATURE = {
+    "torch",
+    "jaxtyping",
+    "math",
+    "dataclasses",
+    "typing",
+    "collections",
+}
 
 
 def imported_modules(path: Path) -> set[str]:

@@ -106,7 +106,7 @@ def _draw_task(
     for axes in (by_step, by_seconds):
         _tidy(axes)
     by_step.set(xlabel="steps", ylabel="validation loss, log scale")
-    by_seconds.set(xlabel="seconds on one core, without validation", xscale="symlog")
+    by_seconds.set(xlabel="CPU seconds, without validation", xscale="symlog")
     by_step.legend(frameon=False, fontsize=9)
     figure.suptitle(f"{title}: medians of three seeds, lowest to highest shaded")
     figure.savefig(path, dpi=130)

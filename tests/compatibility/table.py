@@ -11,13 +11,13 @@ from tests.support.architectures import ARCHITECTURES
 DOCUMENT = Path(__file__).parents[2] / "docs" / "compatibility.md"
 BEGIN = "<!-- table: python -m tests.compatibility.table -->"
 END = "<!-- end of table -->"
-HEADER = ("model", "preconditioned", "passes through", *MODES)
+HEADER = ("model", "preconditioned layers", "passes through", *MODES)
 
 
 def counts_of(found: Run) -> list[str]:
     """The second and third cell of a model's line."""
     passed = ", ".join(f"{count} {kind}" for kind, count in found.passed.items())
-    return [f"{found.tracked} layers", passed or "nothing"]
+    return [str(found.tracked), passed or "nothing"]
 
 
 def cell(name: str, mode: str) -> str:

@@ -65,7 +65,7 @@ def test_what_is_preconditioned_is_in_the_table(name):
 
     assert list(line) == list(HEADER), REGENERATE
     found = counts_of(run(name, "eager", "gradient"))
-    assert [line["preconditioned"], line["passes through"]] == found, REGENERATE
+    assert list(line.values())[1:3] == found, REGENERATE
 
 
 def test_the_table_has_all_models():

@@ -169,11 +169,7 @@ class Capture:
             calls[:] = [call for call in calls if call.derivatives is None]
         geometry = layer.geometry
         batch, count = geometry.extents(output)
-        seed = (self._step * len(self._layers) + index) * _CALLS_PER_SEED + len(calls)
-        keep = int(self._config.at("positions", self._step))
-        positions = draw_positions(
-            self._config.reduction, count, keep=keep, seed=seed + (self._rank << 48)
-        )
+        positions = self._draw(self._step, index, count)
         try:
             rows = self._activation_rows(geometry, inputs.detach(), positions)
         except ValueError as error:  # a call that the geometry does not describe
@@ -184,7 +180,7 @@ class Capture:
         scale = self._derivative_scale(batch, output.device)
 
         @torch.no_grad()
-        def keep(derivatives: Tensor) -> None:
+        def listen(derivatives: Tensor) -> None:
             if self._sampling != (self._config.fisher == "monte_carlo"):
                 return
             with torch.autocast(derivatives.device.type, enabled=False):
@@ -194,8 +190,18 @@ class Capture:
             known = call.derivatives
             call.derivatives = found if known is None else known + found
 
-        tapped: Tensor = _Tap.apply(output.detach(), output, keep)
+        tapped: Tensor = _Tap.apply(output.detach(), output, listen)  # type: ignore[no-untyped-call]
         return tapped
+
+    def _draw(self, step: int, index: int, count: int) -> Positions:
+        forwards = len(self._calls[index])
+        seed = (step * len(self._layers) + index) * _CALLS_PER_SEED + forwards
+        return draw_positions(
+            self._config.reduction,
+            count,
+            keep=int(self._config.at("positions", step)),
+            seed=seed + (self._rank << 48),
+        )
 
     @torch.no_grad()
     def _activation_rows(

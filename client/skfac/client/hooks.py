@@ -27,7 +27,7 @@ class ForwardHook:
     def __reduce__(self) -> tuple[Any, ...]:
         return ForwardHook, (None, None)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no types
     def __call__(
         self,
         module: nn.Module,

@@ -71,7 +71,7 @@ def number_at(name: str, value: Schedule | IntSchedule, step: int) -> float:
         ConfigurationError: If the schedule gives a value out of range.
     """
     if not callable(value):
-        return value
+        return float(value)
     found = value(step)
     check_number(name, found, f" at step {step}")
-    return found
+    return float(found)

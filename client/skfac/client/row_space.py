@@ -117,7 +117,7 @@ class RowSpace:
             [partial(self._replace, index) for index in chosen],
         )
         self._watches = [
-            layers[index].weight.register_hook(partial(self._watch, index))
+            layers[index].weight.register_hook(partial(self._watch, index))  # type: ignore[no-untyped-call]
             for index in chosen
         ]
 
@@ -219,7 +219,7 @@ class RowSpace:
         d_in, d_out = layer.geometry.d_in, layer.geometry.d_out
         if not (self._always or rows * (d_in + d_out) < d_in * d_out):
             return None
-        replaced: Tensor = _RowBackward.apply(
+        replaced: Tensor = _RowBackward.apply(  # type: ignore[no-untyped-call]
             output.detach(), inputs, layer.weight, layer.bias, self, index
         )
         return replaced
