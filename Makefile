@@ -9,7 +9,7 @@ PROTOC = PATH=$(CURDIR)/$(PROTO_VENV)/bin:$$PATH $(PROTO_VENV)/bin/python -m grp
 	--mypy_grpc_out=quiet:$(1) $(PROTO)
 PLOT ?= autoencoder.png
 
-.PHONY: help demo test test-floor check format proto stubs-fresh bench clean
+.PHONY: help demo test test-floor check format proto stubs-fresh bench study clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -45,6 +45,11 @@ stubs-fresh: $(PROTO_VENV)/.ready
 
 bench: $(VENV)/.ready  ## Re-run the recorded search of the autoencoder's settings.
 	$(RUN) benchmarks/autoencoder_grid.py
+
+study: $(VENV)/.ready  ## Go on with the convergence study, then write its tables and plots.
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements/benchmarks.lock
+	$(RUN) benchmarks/convergence.py run --jobs 2
+	$(RUN) benchmarks/convergence.py report
 
 clean:  ## Remove the virtual environments and caches.
 	rm -rf $(VENV) $(PROTO_VENV) .floor .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from skfac.client import Preconditioner
 from tests.compatibility.cells import gradients_of
@@ -33,10 +34,20 @@ def differentiable_gradients(loss: Tensor, model: nn.Module, inputs: Tensor) -> 
     torch.autograd.grad(loss, inputs, create_graph=True)
 
 
+def gradients_of_another(loss: Tensor, model: nn.Module, inputs: Tensor) -> None:
+    torch.autograd.grad(squares(model(2 * inputs)), inputs)
+
+
 @both_spaces
 @pytest.mark.parametrize("trust", ["none", "kl"])
 @pytest.mark.parametrize(
-    "look", [parameter_gradients, input_gradients, differentiable_gradients]
+    "look",
+    [
+        parameter_gradients,
+        input_gradients,
+        differentiable_gradients,
+        gradients_of_another,
+    ],
 )
 def test_gradients_that_are_only_looked_at_do_not_count(apply, trust, look):
     def backward(model: nn.Module) -> None:
@@ -113,3 +124,26 @@ def test_a_weight_penalty_sends_its_layer_to_gradient_space(caplog):
     assert_same(*found)
     (record,) = caplog.records
     assert "Layer '0' is preconditioned in gradient space from now on" in record.message
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_layer_falls_back_while_checkpoints_are_open(use_reentrant, caplog):
+    model = mlp(4, 4, 3)
+    optimizer = sgd(model)
+    settings = EXACT | {"apply": "row", "accumulation_steps": 2}
+    with Preconditioner(model, optimizer, **settings) as pre:
+        for step in range(3):
+            losses = []
+            for part in range(2):
+                x = normal(8, 4, seed=2 * step + part).requires_grad_()
+                hidden = checkpoint(model[:2], x, use_reentrant=use_reentrant)
+                penalty = model[0].weight.square().sum()
+                losses.append((squares(model[2](hidden)) + penalty) / 2)
+            for loss in losses:
+                loss.backward()
+            pre.step()
+            optimizer.step()
+            optimizer.zero_grad()
+        layers = pre.report()["layers"]
+    assert [layer["apply"] for layer in layers.values()] == ["gradient", "row"]
+    assert "Layer '0' is preconditioned in gradient space" in caplog.text

@@ -235,7 +235,8 @@ def test_multihead_attention_passes_through():
 
 
 @both_spaces
-def test_activations_may_work_in_place(apply):
+@pytest.mark.parametrize("update_every", [1, 2])  # the second step captures, or not
+def test_activations_may_work_in_place(apply, update_every):
     def build(inplace: bool) -> nn.Module:
         torch.manual_seed(0)
         return nn.Sequential(
@@ -253,6 +254,7 @@ def test_activations_may_work_in_place(apply):
                 build(inplace),
                 lambda m, i=inputs: squares(m(i)).backward(),
                 apply=apply,
+                update_every=update_every,
             )
             for inplace in (True, False)
         ]

@@ -1,5 +1,7 @@
 """Which modules are supported, as what, and the rows of fully connected layers."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -298,6 +300,17 @@ def test_a_parameter_that_is_computed_from_others_is_not_supported(change):
     change(module)
 
     assert geometry_of(module) is None
+
+
+def test_looking_at_a_parametrized_layer_does_not_change_it():
+    # Too large for its power iteration to have converged at once.
+    module = parametrizations.spectral_norm(nn.Linear(40, 30))
+    before = copy.deepcopy(module.state_dict())
+
+    assert geometry_of(module) is None
+
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, before[name])
 
 
 def test_hugging_face_is_recognised():

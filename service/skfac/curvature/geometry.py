@@ -148,11 +148,10 @@ def _owns_parameters(module: nn.Module) -> bool:
     # Not a weight that is computed from others (weight norm, pruning): its gradient
     # reaches those and not itself.
     if is_parametrized(module):
-        return False
+        return False  # before its weight is read, which may change it
     weight, bias = module.weight, getattr(module, "bias", None)
     return (
         isinstance(weight, nn.Parameter)
-        and weight.is_leaf
         and not is_lazy(weight)
         and weight.is_floating_point()
         and weight.numel() > 0
