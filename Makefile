@@ -54,10 +54,11 @@ study: $(VENV)/.ready  ## Go on with the convergence study, then write its table
 clean:  ## Remove the virtual environments and caches.
 	rm -rf $(VENV) $(PROTO_VENV) .floor .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-$(VENV)/.ready: requirements/dev.lock pyproject.toml
+$(VENV)/.ready: requirements/dev.lock requirements/oracle.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "skfac needs Python 3.11 or newer; set PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements/dev.lock
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements/oracle.lock
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
