@@ -6,8 +6,9 @@ from functools import cache, partial
 
 import torch
 from autoencoder import autoencoding
-from common.data import fashion_mnist, python_manual
-from common.training import Task as Task  # for the tests, which lack the path
+from common.data import fashion_mnist as fashion_mnist
+from common.data import python_manual as python_manual
+from common.training import Task as Task  # and for the tests, which lack the path
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 

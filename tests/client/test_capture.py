@@ -289,6 +289,8 @@ def test_copies_of_a_model_are_not_captured():
     capture = captured(layer)
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):  # noqa: S301
         twin(torch.randn(4, 3)).sum().backward()
+        (hook,) = twin._forward_hooks.values()
+        assert hook._layer is None  # nothing of this trainer is copied along
     assert len(rows_of(capture)[0].activations) == 0
     other = {name: p.detach().clone() for name, p in layer.named_parameters()}
     functional_call(layer, other, torch.randn(4, 3).requires_grad_()).sum().backward()

@@ -115,6 +115,25 @@ def test_a_lost_version_keeps_the_previous_one():
     assert store.counts == {"solved": 3, "failed": 1}
 
 
+def test_a_loss_is_said_once_until_a_version_comes(caplog):
+    store = store_of()
+    for step, reason in enumerate(("empty", "empty", "failed", "failed", "empty")):
+        store.expect(step)
+        store.receive([version(0, step), Loss(1, step, reason, "no rows")])
+    store.expect(5)
+    store.receive(both(5))
+    store.expect(6)
+    store.receive([version(0, 6), Loss(1, 6, "empty", "no rows")])
+
+    said = [r.message.split(":")[0] for r in caplog.records if r.levelname == "WARNING"]
+    assert said == [
+        "The version of step 0 is lost (empty)",
+        "The version of step 2 is lost (failed)",
+        "The version of step 3 is lost (failed)",
+        "The version of step 6 is lost (empty)",
+    ]
+
+
 def test_duplicates_and_what_nobody_expects_change_nothing():
     store = store_of()
     store.expect(0)

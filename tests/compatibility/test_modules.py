@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from skfac.client import PassThroughWarning, Preconditioner
+from tests.compatibility.cells import gradients_of
 from tests.compatibility.steps import (
     CLOSE,
     EXACT,
@@ -91,6 +92,19 @@ def test_two_linear_layers_that_share_their_parameters_are_one(apply):
         reused, lambda m: squares(m(m(x).tanh())).backward(), apply=apply
     )
     assert_same(found, expected)
+
+
+def test_layers_that_share_only_their_weight_pass_through():
+    model, x = mlp(4, 4, 4, 3), normal(6, 4)
+    model[2].weight = model[0].weight
+    squares(model(x)).backward()
+    raw = gradients_of(model)
+    with pytest.warns(PassThroughWarning, match=r"\(Linear: 0, 2\)"):
+        found = preconditioned(model, lambda m: squares(m(x)).backward())
+
+    assert found.keys() == raw.keys()
+    for name, gradient in found.items():
+        assert torch.allclose(gradient, raw[name]) == (not name.startswith("4"))
 
 
 class Tied(nn.Module):

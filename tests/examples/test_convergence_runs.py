@@ -1,7 +1,9 @@
 """The convergence study trains what it says, and its own baselines are right."""
 
+import gzip
 import json
 from dataclasses import replace
+from pydoc_data.topics import topics
 
 import pytest
 import torch
@@ -13,7 +15,13 @@ from benchmarks.study.dense_kfac import DenseKfac, DenseKfacSettings
 from benchmarks.study.muon import Muon
 from benchmarks.study.plan import Trial, Variant
 from benchmarks.study.runs import outcome_of
-from benchmarks.study.tasks import CharacterTransformer, Task, build_cnn
+from benchmarks.study.tasks import (
+    CharacterTransformer,
+    Task,
+    build_cnn,
+    fashion_mnist,
+    python_manual,
+)
 from skfac.client import Preconditioner
 
 NEEDS = {"soap": "heavyball", "singd": "singd"}
@@ -84,6 +92,47 @@ def test_a_run_that_diverges_ends_early_without_a_final_loss():
     assert outcome["steps"] == 30
     assert outcome["val_losses"][-1][0] < 10
     json.dumps(outcome, allow_nan=False)
+
+
+# The data
+
+
+def test_fashion_mnist_is_read_from_its_files_and_asked_for_if_it_is_not_there(
+    tmp_path,
+):
+    with pytest.raises(FileNotFoundError, match="apt-get install dataset-fashion"):
+        fashion_mnist(train=3, validation=2, folder=tmp_path / "nowhere")
+    pixels, labels = torch.zeros(9, 784, dtype=torch.uint8), torch.arange(9)
+    pixels[torch.arange(9), torch.arange(9)] = 255
+    for name, header, values in (
+        ("images-idx3", 16, pixels),
+        ("labels-idx1", 8, labels),
+    ):
+        raw = bytes([77] * header) + bytes(values.flatten().tolist())
+        (tmp_path / f"train-{name}-ubyte.gz").write_bytes(gzip.compress(raw))
+    split = fashion_mnist(train=3, validation=2, folder=tmp_path)
+    both = torch.cat([split.inputs, split.val_inputs]).flatten(1)
+    assert split.val_inputs.shape == (2, 1, 28, 28)
+    assert torch.equal(both.sum(1), torch.ones(5))
+    assert torch.equal(both.argmax(1), torch.cat([split.labels, split.val_labels]))
+    assert sorted(both.argmax(1).tolist()) == [0, 1, 2, 3, 4]
+
+
+def test_the_text_is_cut_into_windows_that_do_not_overlap_and_predict_themselves():
+    text = python_manual(length=50, train=20, validation=4)
+
+    def written(codes):
+        return "".join(text.vocabulary[code] for code in codes.flatten().tolist())
+
+    assert text.inputs.shape == text.targets.shape == (20, 50)
+    assert written(text.inputs)[1:] == written(text.targets)[:-1]
+    assert written(text.inputs).startswith('The "assert" statement')
+    whole = "".join(topics[name] for name in sorted(topics))
+    assert written(text.val_targets) in whole[-5 * 50 :]
+    assert len(whole) - whole.rindex(written(text.val_targets)) < 4 * 50 + 50
+    assert text.val_inputs.shape == text.val_targets.shape == (4, 50)
+    with pytest.raises(ValueError, match="ask for fewer"):
+        python_manual(length=50, train=20000, validation=4)
 
 
 # The baselines that are the study's own

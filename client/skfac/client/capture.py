@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from skfac.client.config import WIRE_DTYPES, PreconditionerConfig
-from skfac.client.hooks import HookedLayers
+from skfac.client.hooks import HookedLayers, backward_id
 from skfac.client.layers import TrackedLayer
 from skfac.curvature.geometry import LayerGeometry
 from skfac.curvature.positions import Positions, draw_positions
@@ -30,6 +30,11 @@ class _Call:
     # stay together whatever the order of the backward.
     activations: Tensor
     derivatives: Tensor | None = None
+    pending: tuple[int, Tensor] | None = None  # of a backward, by its number
+
+    def add(self, derivatives: Tensor) -> None:
+        known = self.derivatives
+        self.derivatives = derivatives if known is None else known + derivatives
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,8 +91,10 @@ class Capture:
     """Hooks that collect rows while a step is armed, and do nothing otherwise.
 
     The rows are reduced right away, so that nothing a model does in place later changes
-    them. Rows of a backward whose gradients were thrown away (`zero_grad` without a
-    step) are thrown away too, at the layer's next forward.
+    them. Only backwards that add to the layer's gradient count, and not those that
+    `torch.autograd.grad` runs beside them. Rows of a backward whose gradients were
+    thrown away (`zero_grad` without a step) are thrown away too, at the layer's next
+    forward.
     """
 
     def __init__(
@@ -104,6 +111,12 @@ class Capture:
         self._said: set[str] = set()
         bodies = [partial(self._record, index) for index in range(len(layers))]
         self._hooks = HookedLayers(layers, bodies)
+        self._counted = [
+            layer.weight.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                partial(self._count, index)
+            )
+            for index, layer in enumerate(layers)
+        ]
 
     def arm(self, step: int | None) -> None:
         """Collect the rows of this step from now on; None collects none."""
@@ -146,6 +159,16 @@ class Capture:
     def close(self) -> None:
         """Remove the hooks; idempotent."""
         self._hooks.remove()
+        for handle in self._counted:
+            handle.remove()
+
+    def _count(self, index: int, weight: Tensor) -> None:
+        # The gradient of a backward has arrived, so its derivatives count.
+        number = backward_id()
+        for call in self._calls[index]:
+            if call.pending is not None and call.pending[0] == number:
+                call.add(call.pending[1])
+                call.pending = None
 
     def _joined(self, layer: TrackedLayer, calls: list[_Call]) -> list[Tensor]:
         done = [(c.activations, c.derivatives) for c in calls]
@@ -187,8 +210,13 @@ class Capture:
                 found = geometry.derivative_rows(
                     derivatives.detach().to(self._dtype), positions, scale=scale
                 )
-            known = call.derivatives
-            call.derivatives = found if known is None else known + found
+            if self._sampling:  # of no gradient, but wanted
+                call.add(found)
+                return
+            number, pending = backward_id(), call.pending
+            if pending is not None and pending[0] == number:
+                found = pending[1] + found
+            call.pending = number, found
 
         tapped: Tensor = _Tap.apply(output.detach(), output, listen)  # type: ignore[no-untyped-call]
         return tapped

@@ -1,10 +1,12 @@
 """Forward hooks that live as long as a preconditioner, and on its own modules only."""
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from skfac.client.layers import TrackedLayer
 
@@ -12,10 +14,21 @@ Body = Callable[[Tensor, Tensor], Tensor | None]
 """What a hook does with a layer's input and output; a tensor replaces the output."""
 
 
+def backward_id() -> int:
+    """Tell backwards apart.
+
+    Returns:
+        A number of the backward that runs on this thread; -1 outside of any.
+    """
+    number: int = torch._C._current_graph_task_id()
+    return number
+
+
 class ForwardHook:
     """Calls `body` for each forward of a layer that trains.
 
-    That is: in training mode, with gradients enabled, with the layer's own parameters.
+    That is: in training mode, with gradients enabled, with the layer's own parameters,
+    and outside of `torch.func` and forward-mode differentiation.
     A copy of the model (`deepcopy`, pickle) carries hooks that do nothing, and
     `torch.compile` breaks its graph here instead of tracing what is not a tensor.
     """
@@ -45,6 +58,11 @@ class ForwardHook:
             return None
         if not (module.training and output.requires_grad and layer.runs_in(module)):
             return None
+        if (
+            torch._C._are_functorch_transforms_active()
+            or forward_ad._current_level >= 0
+        ):
+            return None
         inputs = positional[0] if positional else next(iter(named.values()))
         with torch.autocast(output.device.type, enabled=False):
             return body(inputs, output)
@@ -58,6 +76,9 @@ class HookedLayers:
         layers: Sequence[TrackedLayer],
         bodies: Sequence[Body],
     ) -> None:
+        if "torch._dynamo" in sys.modules:
+            # What has been compiled would not look at hooks that come later.
+            torch.compiler.reset()
         # In front, so that the hooks of others see the output that is used.
         self._handles = [
             module.register_forward_hook(

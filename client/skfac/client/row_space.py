@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from skfac.client.config import PreconditionerConfig
-from skfac.client.hooks import HookedLayers
+from skfac.client.hooks import HookedLayers, backward_id
 from skfac.client.layers import TrackedLayer
 from skfac.curvature.layer import LayerPreconditioner
 
@@ -105,12 +105,16 @@ class RowSpace:
         self._passes = config.accumulation_steps
         self._provide = provide
         self._backwards: list[list[Rows]] = [[] for _ in layers]
+        self._pending: list[list[tuple[int, Rows]]] = [[] for _ in layers]
         self._given: dict[int, list[tuple[int, int]]] = {}
         self._sampling = False
         self.used: set[int] = set()
         self.active = {
             index for index, layer in enumerate(layers) if _is_eligible(layer, config)
         }
+        # Until the step ends a layer that fell back is replaced as before: activation
+        # checkpointing wants a second forward to be as the first.
+        self._replaced = set(self.active)
         chosen = sorted(self.active)
         self._hooks = HookedLayers(
             [layers[index] for index in chosen],
@@ -118,6 +122,11 @@ class RowSpace:
         )
         self._watches = [
             layers[index].weight.register_hook(partial(self._watch, index))  # type: ignore[no-untyped-call]
+            for index in chosen
+        ] + [
+            layers[index].weight.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                partial(self._count, index)
+            )
             for index in chosen
         ]
 
@@ -128,6 +137,9 @@ class RowSpace:
             The rows if the layer's gradient is preconditioned already, else None.
         """
         backwards, self._backwards[index] = self._backwards[index], []
+        self._pending[index].clear()
+        if index not in self.active:
+            self._replaced.discard(index)
         (self.used.add if backwards else self.used.discard)(index)
         if len(backwards) < 2:
             return backwards[0] if backwards else None
@@ -191,7 +203,7 @@ class RowSpace:
         if layer.bias is not None:
             x = torch.cat([x, x.new_ones(len(x), 1)], 1)
         one = Rows(x, d, ready.activations.right(x), ready.derivatives.right(d))
-        self._backwards[index].append(one)
+        self._pending[index].append((backward_id(), one))
         columns = one.turned_activations
         bias = None
         if layer.bias is not None:
@@ -213,7 +225,7 @@ class RowSpace:
         layer = self._layers[index]
         if layer.weight.grad is None:
             self._backwards[index].clear()  # of gradients that were thrown away
-        if index not in self.active:
+        if index not in self._replaced:
             return None
         rows = output.numel() // output.shape[-1] * self._passes
         d_in, d_out = layer.geometry.d_in, layer.geometry.d_out
@@ -223,6 +235,12 @@ class RowSpace:
             output.detach(), inputs, layer.weight, layer.bias, self, index
         )
         return replaced
+
+    def _count(self, index: int, weight: Tensor) -> None:
+        # Rows of torch.autograd.grad stay behind: their gradient goes elsewhere.
+        number, pending = backward_id(), self._pending[index]
+        self._backwards[index] += [rows for n, rows in pending if n == number]
+        self._pending[index] = [(n, rows) for n, rows in pending if n != number]
 
     def _watch(self, index: int, gradient: Tensor) -> None:
         # The very tensor that this layer's backward has made, if nothing was added.
@@ -288,5 +306,4 @@ def _is_eligible(layer: TrackedLayer, config: PreconditionerConfig) -> bool:
         config.apply != "gradient"
         and config.lag > 0
         and layer.geometry.kind in FULLY_CONNECTED
-        and len(layer.modules) == 1
     )

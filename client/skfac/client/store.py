@@ -61,7 +61,7 @@ class Store:
         self._link_up = False
         self._silent = False  # waited for in vain, and nothing was heard since
         self._failure: ServiceError | None = None
-        self._said: set[LossReason] = set()
+        self._said: set[tuple[int | None, LossReason]] = set()
         self._updates = [0] * len(spec.layers)
         self.counts: Counter[str] = Counter()
         self.waited_s = 0.0
@@ -261,13 +261,16 @@ class Store:
     def _count(self, outcome: Outcome) -> None:
         if isinstance(outcome, Version):
             self.counts["solved"] += 1
-            self._said.clear()
+            self._said -= {s for s in self._said if s[0] in (None, outcome.layer)}
             self._check_history(outcome)
             return
         self.counts[outcome.reason] += 1
-        # Said once, not at every step, until a version arrives again.
-        level = logging.DEBUG if outcome.reason in self._said else logging.WARNING
-        self._said.add(outcome.reason)
+        # Said once, not at every step, until a version arrives again: of any layer, or
+        # of this one where the others go on.
+        idle = outcome.reason == "empty"
+        what = (outcome.layer if idle else None), outcome.reason
+        level = logging.DEBUG if what in self._said else logging.WARNING
+        self._said.add(what)
         text = "The version of step %d is lost (%s): %s"
         logger.log(level, text, outcome.step, outcome.reason, outcome.message)
 
