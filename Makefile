@@ -21,7 +21,7 @@ test: $(VENV)/.ready  ## Run all tests.
 	$(RUN) -m pytest
 
 test-floor: .floor/.ready  ## Run the tests of the wire with the oldest gRPC and protobuf allowed.
-	PYTHONPATH=.floor $(RUN) -m pytest tests/wire tests/service tests/client tests/end_to_end
+	PYTHONPATH=.floor $(RUN) -m pytest tests/wire tests/service tests/end_to_end
 
 check: $(VENV)/.ready stubs-fresh  ## Check format, lint, spelling, types and generated code.
 	$(VENV)/bin/ruff format --check
