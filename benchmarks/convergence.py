@@ -111,7 +111,7 @@ def report(
 def _print_plan(wanted: Wanted, records: Records, costs: Costs, jobs: int) -> None:
     with console.status("Timing a few steps of what has not been run yet"):
         rows = overview(costs, [v for v in plan.variants() if v == v.group])
-    table = Table("milliseconds a step", *TASKS)
+    table = Table("CPU milliseconds a step", *(task.title for task in TASKS.values()))
     for row in rows:
         table.add_row(*row)
     tuning = plan.tuning(wanted)

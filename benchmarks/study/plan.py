@@ -168,7 +168,7 @@ def _grid(**choices: Iterable[object]) -> list[Settings]:
     return grid
 
 
-_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 # What a step may change (kl_clip over damping) matters most, then the momentum. The
 # first rows suit low-rank, fresh curvature, the last ones curvature of many updates,
@@ -176,7 +176,7 @@ _RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 _KFAC: tuple[tuple[float, float, float, float, str], ...] = (
     (0.3, 0.5, 0.01, 0.15, "equal"),
     (0.1, 0.5, 0.03, 0.03, "pi"),
-    (0.1, 0.5, 0.03, 0.003, "pi"),
+    (0.3, 0.5, 0.03, 0.1, "pi"),
     (0.3, 0.9, 0.1, 0.01, "pi"),
     (1.0, 0.5, 0.1, 30.0, "pi"),
     (1.0, 0.9, 0.03, 1.0, "pi"),
@@ -187,7 +187,7 @@ _SETTINGS: dict[str, list[Settings]] = {
     "sgd": _grid(lr=_RATES, momentum=[0.9]),
     "adamw": [
         settings | {"betas": [0.9, settings["betas"]], "weight_decay": 0.0}
-        for settings in _grid(lr=(0.001, 0.003, 0.006), betas=(0.999, 0.95))
+        for settings in _grid(lr=(0.003, 0.006, 0.015), betas=(0.999, 0.95))
     ],
     "muon": _grid(lr=(0.003, 0.01, 0.03), momentum=[0.95], adamw_lr=(0.003, 0.01)),
     "soap": [

@@ -80,9 +80,9 @@ class PreconditionerConfig:
         ConfigurationError: If a value is out of range, unknown or not built yet.
     """
 
-    damping: Schedule = 0.03
-    damping_split: DampingSplit = "pi"
-    update_every: IntSchedule = 10
+    damping: Schedule = 0.01
+    damping_split: DampingSplit = "equal"
+    update_every: IntSchedule = 5
     lag: int = 1
     wait_s: Schedule = 5.0
     on_late: OnLate = "keep"
@@ -97,7 +97,7 @@ class PreconditionerConfig:
     loss_reduction: Literal["mean", "sum"] = "mean"
     fisher: Literal["empirical", "monte_carlo"] = "empirical"
     trust: Trust = "kl"
-    kl_clip: Schedule = 1e-3
+    kl_clip: Schedule = 0.15
     apply: Literal["auto", "gradient", "row"] = "auto"
     skip: tuple[str, ...] = ()
     grad_scaler: torch.amp.GradScaler | None = None
