@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from skfac.client import PreconditionerConfig
 from skfac.curvature.damping import DampingSplit
 from skfac.curvature.history import LayerHistory
 from skfac.curvature.layer import LayerPreconditioner
@@ -20,7 +21,7 @@ from tests.support.dense import normal
 SIZE = 512
 COUNT = 32
 UPDATES = 12
-KL_CLIP = 1e-3
+KL_CLIP = PreconditionerConfig().at("kl_clip", 0)
 
 
 @dataclass(frozen=True, eq=False)

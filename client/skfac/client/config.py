@@ -27,8 +27,8 @@ class PreconditionerConfig:
     Attributes:
         damping: λ > 0, added to the Kronecker product of each layer's two factors
             (schedule). A `LevenbergMarquardt` adapts it while training.
-        damping_split: `"pi"` weighs the factors by their mean eigenvalues, `"equal"`
-            gives both √λ as the authors of SKFAC do.
+        damping_split: `"equal"` gives both factors √λ as the authors of SKFAC do,
+            `"pi"` weighs them by their mean eigenvalues.
         update_every: Steps between two snapshots, at least 1 (schedule, asked at each
             snapshot for the distance to the next one).
         lag: Steps from a snapshot to the first use of its preconditioners; the service
@@ -80,9 +80,9 @@ class PreconditionerConfig:
         ConfigurationError: If a value is out of range, unknown or not built yet.
     """
 
-    damping: Schedule = 0.01
+    damping: Schedule = 0.03
     damping_split: DampingSplit = "equal"
-    update_every: IntSchedule = 5
+    update_every: IntSchedule = 2
     lag: int = 1
     wait_s: Schedule = 5.0
     on_late: OnLate = "keep"
