@@ -110,7 +110,13 @@ def test_the_report_is_plain_and_complete():
     model = small_cnn()
     optimizer = sgd(model)
     with Preconditioner(
-        model, optimizer, update_every=2, lag=1, on_late="wait", apply="row"
+        model,
+        optimizer,
+        update_every=2,
+        lag=1,
+        on_late="wait",
+        apply="row",
+        kl_clip=1e-3,
     ) as pre:
         for step in range(6):
             backward(model, step)
