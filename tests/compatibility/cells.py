@@ -17,6 +17,7 @@ from skfac.wire.snapshot import LayerRows
 from tests.support.architectures import ARCHITECTURES, Architecture, Batch, loss_of
 
 STEPS = 20
+KL_CLIP = 1e-3  # batches as small as these say little about the next ones
 UPDATE_EVERY = 2
 MICRO_BATCHES = 2
 FALLS_TO = 0.7  # of the loss before; all models reach it in all modes
@@ -163,6 +164,8 @@ def run(name: str, mode: str, apply: str) -> Run:
             update_every=UPDATE_EVERY,
             on_late="wait",
             apply=apply,
+            damping_split="pi",
+            kl_clip=KL_CLIP,
             accumulation_steps=way.micro_batches,
         ) as preconditioner:
             pushed = record_rows(preconditioner)

@@ -16,6 +16,7 @@ DAMPING = 0.1
 CLOSE: dict[str, Any] = {"rtol": 1e-7, "atol": 1e-10}
 EXACT: dict[str, Any] = {
     "damping": DAMPING,
+    "damping_split": "pi",
     "update_every": 1,
     "lag": 1,
     "on_late": "wait",
