@@ -45,6 +45,7 @@ def through(
         optimizer,
         target=target,
         damping=DAMPING,
+        damping_split="pi",
         kl_clip=KL_CLIP,
         lag=lag,
         update_every=update_every,
