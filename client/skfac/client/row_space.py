@@ -54,32 +54,33 @@ class Rows:
     turned_derivatives: Tensor
 
     def inner(self) -> Tensor:
-        """Multiply gradient and direction out of their rows.
+        """Multiply direction and gradient.
 
         Returns:
             `<P, ∇W>`, a scalar.
         """
-        x, d = self.activations, self.derivatives
-        turned_x, turned_d = self.turned_activations, self.turned_derivatives
-        return torch.sum((turned_d @ d.T) * (turned_x @ x.T))
+        return _inner(
+            (self.turned_activations, self.turned_derivatives),
+            (self.activations, self.derivatives),
+        )
 
     def gradient_square(self) -> Tensor:
-        """Multiply gradient and direction out of their rows.
+        """Square the gradient.
 
         Returns:
             `‖∇W‖²`, a scalar.
         """
-        x, d = self.activations, self.derivatives
-        return torch.sum((d @ d.T) * (x @ x.T))
+        raw = self.activations, self.derivatives
+        return _inner(raw, raw)
 
     def direction_square(self) -> Tensor:
-        """Multiply gradient and direction out of their rows.
+        """Square the direction.
 
         Returns:
             `‖P‖²`, a scalar.
         """
-        x, d = self.turned_activations, self.turned_derivatives
-        return torch.sum((d @ d.T) * (x @ x.T))
+        turned = self.turned_activations, self.turned_derivatives
+        return _inner(turned, turned)
 
 
 class RowSpace:
@@ -294,6 +295,12 @@ class _RowBackward(torch.autograd.Function):
                 by_input = (d @ matrix).to(inputs.dtype)
             by_weight, by_bias = ctx.rows.weight_gradients(ctx.index, inputs, d)
         return None, by_input, by_weight, by_bias, None, None
+
+
+def _inner(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> Tensor:
+    # <Dᵀ X, Eᵀ Y> of two matrices from their rows: activations, derivatives.
+    (x, d), (y, e) = left, right
+    return torch.sum((d @ e.T) * (x @ y.T))
 
 
 def _as_weight(layer: TrackedLayer, matrix: Tensor) -> Tensor:
