@@ -1,0 +1,50 @@
+"""One core for the trainer, another for a server of its own."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import torch
+
+_START_S = 60.0
+
+
+def pin_trainer() -> None:
+    """Keep this process, all its threads and torch's products on the first core."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    torch.set_num_threads(1)
+
+
+@contextmanager
+def server_on_other_core() -> Iterator[str]:
+    """Run `skfac serve` on the last core.
+
+    Yields:
+        The target that a trainer connects to.
+    """
+    core = max(range(os.cpu_count() or 1))
+    with tempfile.TemporaryDirectory(prefix="skfac-") as folder:
+        target = f"unix:{Path(folder) / 'socket'}"
+        command = [
+            *(str(Path(sys.executable).with_name("skfac")), "serve"),
+            *("--address", target, "--metrics-address", ""),
+        ]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        server = subprocess.Popen(
+            command,
+            env=environment,
+            stderr=subprocess.DEVNULL,
+            preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+        )
+        try:
+            with grpc.insecure_channel(target) as channel:
+                grpc.channel_ready_future(channel).result(_START_S)
+            yield target
+        finally:
+            server.terminate()
+            server.wait()
