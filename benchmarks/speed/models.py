@@ -75,11 +75,12 @@ class _Block(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         batch, length, width = states.shape
         joined = self.attention(self.norms[0](states))
-        heads = joined.reshape(batch, length, 3, _HEADS, -1).permute(2, 0, 3, 1, 4)
-        mixed = scaled_dot_product_attention(*heads, is_causal=True)
+        q, k, v = joined.reshape(batch, length, 3, _HEADS, -1).permute(2, 0, 3, 1, 4)
+        mixed = scaled_dot_product_attention(q, k, v, is_causal=True)
         states = states + self.mixed(mixed.transpose(1, 2).reshape_as(states))
         hidden = self.wide(self.norms[1](states))
-        return states + self.narrow(nn.functional.gelu(hidden))
+        out: Tensor = states + self.narrow(nn.functional.gelu(hidden))
+        return out
 
 
 def _transformer(width: int, batch: int) -> Workload:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from skfac.client.config import WIRE_DTYPES, PreconditionerConfig
-from skfac.client.hooks import HookedLayers, backward_id
+from skfac.client.hooks import HookedLayers, backward_id, without_autocast
 from skfac.client.layers import TrackedLayer
 from skfac.curvature.geometry import LayerGeometry
 from skfac.curvature.positions import Positions, draw_positions
@@ -110,7 +110,7 @@ class Capture:
         self._staging: dict[torch.device, Staging] = {}
         self._said: set[str] = set()
         bodies = [partial(self._record, index) for index in range(len(layers))]
-        self._hooks = HookedLayers(layers, bodies)
+        self._hooks = HookedLayers(layers, bodies, lambda: self._step is not None)
         self._counted = [
             layer.weight.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                 partial(self._count, index)
@@ -185,8 +185,7 @@ class Capture:
         return [torch.cat(side, dim=-2) for side in zip(*pairs, strict=True)]
 
     def _record(self, index: int, inputs: Tensor, output: Tensor) -> Tensor | None:
-        if self._step is None:
-            return None
+        assert self._step is not None
         layer, calls = self._layers[index], self._calls[index]
         if layer.weight.grad is None:
             calls[:] = [call for call in calls if call.derivatives is None]
@@ -206,7 +205,7 @@ class Capture:
         def listen(derivatives: Tensor) -> None:
             if self._sampling != (self._config.fisher == "monte_carlo"):
                 return
-            with torch.autocast(derivatives.device.type, enabled=False):
+            with without_autocast(derivatives.device.type):
                 found = geometry.derivative_rows(
                     derivatives.detach().to(self._dtype), positions, scale=scale
                 )

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,11 @@ from skfac.client.layers import TrackedLayer
 
 Body = Callable[[Tensor, Tensor], Tensor | None]
 """What a hook does with a layer's input and output; a tensor replaces the output."""
+
+Wanted = Callable[[], bool]
+"""Whether forwards are looked at now."""
+
+_NOTHING = nullcontext()
 
 
 def backward_id() -> int:
@@ -24,8 +30,19 @@ def backward_id() -> int:
     return number
 
 
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Compute in the dtypes of the operands.
+
+    Returns:
+        A context manager; one that does nothing where autocast is off, which is free.
+    """
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return _NOTHING
+
+
 class ForwardHook:
-    """Calls `body` for each forward of a layer that trains.
+    """Calls `body` for each forward of a layer that trains, while `wanted` says so.
 
     That is: in training mode, with gradients enabled, with the layer's own parameters,
     and outside of `torch.func` and forward-mode differentiation.
@@ -33,14 +50,16 @@ class ForwardHook:
     `torch.compile` breaks its graph here instead of tracing what is not a tensor.
     """
 
-    def __init__(self, layer: TrackedLayer | None, body: Body | None) -> None:
+    def __init__(
+        self, layer: TrackedLayer | None, body: Body | None, wanted: Wanted | None
+    ) -> None:
         self._layer = layer
         self._body = body
+        self._wanted = wanted
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ForwardHook, (None, None)
+        return ForwardHook, (None, None, None)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no types
     def __call__(
         self,
         module: nn.Module,
@@ -53,8 +72,21 @@ class ForwardHook:
         Returns:
             What replaces the output, or None.
         """
-        layer, body = self._layer, self._body
-        if layer is None or body is None:
+        if torch.compiler.is_compiling():
+            found: Tensor | None
+            found = _look_uncompiled(self, module, positional, named, output)
+            return found
+        return self._look(module, positional, named, output)
+
+    def _look(
+        self,
+        module: nn.Module,
+        positional: tuple[Tensor, ...],
+        named: dict[str, Tensor],
+        output: Tensor,
+    ) -> Tensor | None:
+        layer, body, wanted = self._layer, self._body, self._wanted
+        if layer is None or body is None or wanted is None or not wanted():
             return None
         if not (module.training and output.requires_grad and layer.runs_in(module)):
             return None
@@ -64,8 +96,12 @@ class ForwardHook:
         ):
             return None
         inputs = positional[0] if positional else next(iter(named.values()))
-        with torch.autocast(output.device.type, enabled=False):
+        with without_autocast(output.device.type):
             return body(inputs, output)
+
+
+# Only where a compiler looks: the wrapper costs as much as a small layer.
+_look_uncompiled = torch.compiler.disable(ForwardHook._look)  # type: ignore[no-untyped-call]
 
 
 class HookedLayers:
@@ -75,6 +111,7 @@ class HookedLayers:
         self,
         layers: Sequence[TrackedLayer],
         bodies: Sequence[Body],
+        wanted: Wanted = lambda: True,
     ) -> None:
         if "torch._dynamo" in sys.modules:
             # What has been compiled would not look at hooks that come later.
@@ -82,7 +119,7 @@ class HookedLayers:
         # In front, so that the hooks of others see the output that is used.
         self._handles = [
             module.register_forward_hook(
-                ForwardHook(layer, body), with_kwargs=True, prepend=True
+                ForwardHook(layer, body, wanted), with_kwargs=True, prepend=True
             )
             for layer, body in zip(layers, bodies, strict=True)
             for module in layer.modules

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from skfac.client.config import PreconditionerConfig
-from skfac.client.hooks import HookedLayers, backward_id
+from skfac.client.hooks import HookedLayers, backward_id, without_autocast
 from skfac.client.layers import TrackedLayer
 from skfac.curvature.layer import LayerPreconditioner
 
@@ -288,7 +288,7 @@ class _RowBackward(torch.autograd.Function):
     def backward(ctx: Any, *derivatives: Any) -> Any:  # noqa: ANN401
         (d,) = derivatives
         inputs, weight = ctx.saved_tensors
-        with torch.autocast(d.device.type, enabled=False):
+        with without_autocast(d.device.type):
             by_input = None
             if ctx.needs_input_grad[1]:
                 matrix = _as_weight(ctx.rows._layers[ctx.index], weight).to(d.dtype)

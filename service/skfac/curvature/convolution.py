@@ -24,7 +24,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from skfac.curvature.positions import Positions, sum_rows, with_bias_column
+from skfac.curvature.positions import (
+    Empty,
+    Positions,
+    new_memory,
+    sum_rows,
+    with_bias_column,
+)
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -150,7 +156,8 @@ class ConvGeometry:
         return batch.shape[0], math.prod(batch.shape[2:])
 
     def activation_rows(
-        self, inputs: Float[Tensor, "*batch_channels_space"], positions: Positions
+        self, inputs: Float[Tensor, "*batch_channels_space"], positions: Positions,
+        empty: Empty = new_memory,
     ) -> Float[Tensor, "*groups n d_in"]:
         """Make rows of the patches at the output positions.
 
@@ -174,7 +181,8 @@ class ConvGeometry:
                 "output_size=... are not supported. Name the layer in skip=(...)."
             )
         if positions.reduction in ("reduce", "authors"):
-            return with_bias_column(self._by_group(self._mean_patch(images)), self.bias)
+            rows = self._by_group(self._mean_patch(images))
+            return with_bias_column(rows, self.bias, empty)
         picked = torch.arange(count) if positions.picked is None else positions.picked
         patches = self._patches(images, picked.to(images.device), grid)
         return with_bias_column(self._by_group(patches), self.bias) * math.sqrt(count)
@@ -185,6 +193,7 @@ class ConvGeometry:
         positions: Positions,
         *,
         scale: float | Float[Tensor, ""],
+        empty: Empty = new_memory,
     ) -> Float[Tensor, "*groups n d_out"]:
         """Make rows of the output positions, times `scale`.
 
@@ -192,7 +201,7 @@ class ConvGeometry:
             As many rows as there are of activations.
         """
         values = self._batched(derivatives).flatten(2).transpose(1, 2)
-        return self._by_group(sum_rows(values, positions, scale))
+        return self._by_group(sum_rows(values, positions, scale, empty))
 
     def to_matrix(
         self,

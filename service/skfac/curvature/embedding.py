@@ -10,7 +10,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from skfac.curvature.positions import Positions, by_sample, sample_extents, sum_rows
+from skfac.curvature.positions import (
+    Empty,
+    Positions,
+    by_sample,
+    new_memory,
+    sample_extents,
+    sum_rows,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +71,8 @@ class EmbeddingGeometry:
         return sample_extents(outputs)
 
     def activation_rows(
-        self, inputs: Int[Tensor, "*batch_positions"], positions: Positions
+        self, inputs: Int[Tensor, "*batch_positions"], positions: Positions,
+        empty: Empty = new_memory,
     ) -> Float[Tensor, "m d_in"]:
         """Count the tokens.
 
@@ -88,13 +96,14 @@ class EmbeddingGeometry:
         positions: Positions,
         *,
         scale: float | Float[Tensor, ""],
+        empty: Empty = new_memory,
     ) -> Float[Tensor, "n d_out"]:
         """Make rows of the positions, times `scale`.
 
         Returns:
             One row per sample, or per sample and kept position.
         """
-        return sum_rows(by_sample(derivatives), positions, scale)
+        return sum_rows(by_sample(derivatives), positions, scale, empty)
 
     def to_matrix(
         self, weight: Float[Tensor, "d_in d_out"], bias: Tensor | None

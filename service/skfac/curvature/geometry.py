@@ -24,7 +24,7 @@ from skfac.curvature.convolution import (
 )
 from skfac.curvature.embedding import embedding_geometry
 from skfac.curvature.linear import hf_conv1d_geometry, linear_geometry
-from skfac.curvature.positions import Positions
+from skfac.curvature.positions import Empty, Positions, new_memory
 
 _HF_MODULES = ("transformers.pytorch_utils", "transformers.modeling_utils")
 _SUPPORTED = {
@@ -71,8 +71,12 @@ class LayerGeometry(Protocol):
     def extents(self, outputs: Tensor) -> tuple[int, int]:
         """Count the samples of an output of the layer, and the positions of each."""
 
-    def activation_rows(self, inputs: Tensor, positions: Positions) -> Tensor:
+    def activation_rows(
+        self, inputs: Tensor, positions: Positions, empty: Empty = new_memory
+    ) -> Tensor:
         """Make rows `[*groups, n, d_in]` of the layer's input, in its dtype.
+
+        They are new memory, made by `empty` where that saves a copy.
 
         A diagonal layer has rows `[m, d_in]` with any `m`: the squares in a column,
         added up and divided by the number of derivative rows, are an entry of the
@@ -80,7 +84,12 @@ class LayerGeometry(Protocol):
         """
 
     def derivative_rows(
-        self, derivatives: Tensor, positions: Positions, *, scale: float | Tensor
+        self,
+        derivatives: Tensor,
+        positions: Positions,
+        *,
+        scale: float | Tensor,
+        empty: Empty = new_memory,
     ) -> Tensor:
         """Make rows `[*groups, n, d_out]` of the loss gradient at the output.
 

@@ -108,8 +108,9 @@ class LowRankInverse:
         return self._rest(matrix, inner, self.basis)
 
     def _rest(self, matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        subtract = torch.addmm if matrix.ndim == 2 else torch.baddbmm
-        return subtract(matrix, left, right, alpha=-1).div_(self.damping)
+        add = torch.addmm if matrix.ndim == 2 else torch.baddbmm
+        by = 1 / self.damping
+        return add(matrix, left, right, beta=by, alpha=-by)
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,9 +8,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from skfac.curvature.positions import (
+    Empty,
     Positions,
     by_sample,
     mean_rows,
+    new_memory,
     sample_extents,
     sum_rows,
     with_bias_column,
@@ -55,7 +57,8 @@ class LinearGeometry:
         return sample_extents(outputs)
 
     def activation_rows(
-        self, inputs: Float[Tensor, "*batch_positions features"], positions: Positions
+        self, inputs: Float[Tensor, "*batch_positions features"], positions: Positions,
+        empty: Empty = new_memory,
     ) -> Float[Tensor, "n d_in"]:
         """Append the bias column and make rows of the positions.
 
@@ -65,8 +68,10 @@ class LinearGeometry:
         values = by_sample(inputs)
         if positions.reduction in ("reduce", "authors"):
             # The mean of a column of ones: appended late, it is never formed.
-            return with_bias_column(mean_rows(values, positions), self.bias)
-        return mean_rows(with_bias_column(values, self.bias), positions)
+            return with_bias_column(mean_rows(values, positions), self.bias, empty)
+        if self.bias:
+            values = with_bias_column(values, self.bias)
+        return mean_rows(values, positions)
 
     def derivative_rows(
         self,
@@ -74,13 +79,14 @@ class LinearGeometry:
         positions: Positions,
         *,
         scale: float | Float[Tensor, ""],
+        empty: Empty = new_memory,
     ) -> Float[Tensor, "n d_out"]:
         """Make rows of the positions, times `scale`.
 
         Returns:
             As many rows as there are of activations.
         """
-        return sum_rows(by_sample(derivatives), positions, scale)
+        return sum_rows(by_sample(derivatives), positions, scale, empty)
 
     def to_matrix(
         self,

@@ -24,12 +24,16 @@ and `reduce`); Tang et al., "SKFAC", CVPR 2021 (`subsample` and `authors`).
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
+
+Empty = Callable[[Sequence[int], Tensor], Tensor]
+"""Makes memory for rows of a shape, in the dtype and on the device of a tensor."""
 
 Reduction = Literal["reduce", "authors", "subsample", "expand"]
 
@@ -58,6 +62,15 @@ class Positions:
                 "Positions are picked for the reduction 'subsample' and no other, got "
                 f"{self.reduction!r} with picked={self.picked}. Use draw_positions()."
             )
+
+
+def new_memory(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Make memory for rows: an `Empty` for those that stay in this process.
+
+    Returns:
+        A tensor of that shape, in the dtype and on the device of `like`.
+    """
+    return like.new_empty(shape)
 
 
 def draw_positions(
@@ -93,10 +106,10 @@ def mean_rows(
     """Make rows of the activations' side; samples come one after the other.
 
     Returns:
-        New memory, row by row: products round differently in another layout.
+        They, in memory of `values` if there is only one position.
     """
     if positions.reduction in ("reduce", "authors"):
-        rows = values.mean(1)
+        rows = values[:, 0] if values.shape[1] == 1 else values.mean(1)
     else:
         rows = _kept(values, positions) * math.sqrt(values.shape[1])
         rows = rows.flatten(0, 1)
@@ -107,19 +120,22 @@ def sum_rows(
     values: Float[Tensor, "batch positions d"],
     positions: Positions,
     scale: float | Float[Tensor, ""],
+    empty: Empty = new_memory,
 ) -> Float[Tensor, "n d"]:
     """Make rows of the derivatives' side, multiplied by `scale`.
 
     Returns:
         New memory, row by row: products round differently in another layout.
     """
-    if positions.reduction == "reduce":
+    if positions.reduction in ("reduce", "authors") and values.shape[1] == 1:
+        rows = values[:, 0]
+    elif positions.reduction == "reduce":
         rows = values.sum(1)
     elif positions.reduction == "authors":
         rows = values.mean(1)
     else:
         rows = _kept(values, positions).flatten(0, 1)
-    return (rows * scale).contiguous()
+    return torch.mul(rows.detach(), scale, out=empty(rows.shape, rows))
 
 
 def by_sample(
@@ -153,14 +169,18 @@ def sample_extents(values: Shaped[Tensor, "*batch_positions d"]) -> tuple[int, i
 
 
 def with_bias_column(
-    rows: Float[Tensor, "*groups n features"], bias: bool
+    rows: Float[Tensor, "*groups n features"], bias: bool, empty: Empty = new_memory
 ) -> Float[Tensor, "*groups n d_in"]:
     """Append a column of ones if the layer has a bias.
 
     Returns:
-        The rows themselves if it has none.
+        New memory, row by row: products round differently in another layout.
     """
-    return torch.cat([rows, rows.new_ones(*rows.shape[:-1], 1)], -1) if bias else rows
+    *extents, features = rows.shape
+    joined = empty((*extents, features + bias), rows)
+    joined[..., :features] = rows
+    joined[..., features:] = 1
+    return joined
 
 
 def _mixed(seed: int) -> int:
