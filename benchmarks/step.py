@@ -15,7 +15,7 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.speed.models import WORKLOADS, Workload
+from benchmarks.speed.models import WORKLOADS
 from benchmarks.speed.phases import phases_of
 from benchmarks.speed.pinned import pin_trainer, server_on_other_core
 from benchmarks.speed.trainers import BASELINES, Trainer, baseline, skfac

@@ -73,7 +73,7 @@ class _Block(nn.Module):
         self.narrow = nn.Linear(4 * width, width)
 
     def forward(self, states: Tensor) -> Tensor:
-        batch, length, width = states.shape
+        batch, length, _ = states.shape
         joined = self.attention(self.norms[0](states))
         q, k, v = joined.reshape(batch, length, 3, _HEADS, -1).permute(2, 0, 3, 1, 4)
         mixed = scaled_dot_product_attention(q, k, v, is_causal=True)

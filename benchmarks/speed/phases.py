@@ -33,5 +33,7 @@ def phases_of(trainer: Trainer) -> dict[str, Any]:
             name = event.name.removeprefix(_PREFIX)
             spent[name] = spent.get(name, 0.0) + event.time_range.elapsed_us()
     return {
-        "phase_share": {name: round(us / (end - begin), 4) for name, us in spent.items()}
+        "phase_share": {
+            name: round(us / (end - begin), 4) for name, us in spent.items()
+        }
     }

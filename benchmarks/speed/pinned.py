@@ -35,7 +35,7 @@ def server_on_other_core() -> Iterator[str]:
             *("--address", target, "--metrics-address", ""),
         ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        server = subprocess.Popen(
+        server = subprocess.Popen(  # noqa: S603  # our own command
             command,
             env=environment,
             stderr=subprocess.DEVNULL,

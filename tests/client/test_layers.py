@@ -127,7 +127,7 @@ def test_gradients_round_trip_as_matrices(make, bias):
     assert matrix.shape[-2:] == (layer.spec.d_out, layer.spec.d_in)
     if bias:
         assert torch.equal(matrix[..., -1].flatten(), before["bias"])
-    layer.set_gradient(3 * matrix)
+    layer.set_gradient(matrix, torch.tensor(3.0))
 
     for name, parameter in module.named_parameters():
         assert torch.equal(parameter.grad, 3 * before[name])

@@ -1,5 +1,6 @@
 """Turns the gradients of a model into preconditioned ones, inside a trust region."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,9 +8,10 @@ import torch
 from torch import Tensor
 
 from skfac.client.layers import TrackedLayer
+from skfac.client.phases import phase
 from skfac.client.ready import ReadyVersions
 from skfac.client.row_space import Rows, RowSpace
-from skfac.curvature.trust import Trust, graft_scale, kl_scale
+from skfac.curvature.trust import Trust, graft_scale, inner, kl_scale
 from skfac.wire.outcome import Version
 
 
@@ -48,9 +50,6 @@ class _InRowSpace:
     def graft(self) -> Tensor:
         return graft_scale(self.rows.gradient_square(), self.rows.direction_square())
 
-    def write(self, factor: Tensor) -> None:
-        self.layer.scale_gradient(factor)
-
 
 @dataclass(frozen=True, eq=False)
 class _InGradientSpace:
@@ -59,16 +58,29 @@ class _InGradientSpace:
     direction: Tensor
 
     def inner(self) -> Tensor:
-        return torch.sum(self.direction * self.gradient)
+        return inner(self.direction, self.gradient)
 
     def graft(self) -> Tensor:
-        return graft_scale(self.gradient.square().sum(), self.direction.square().sum())
-
-    def write(self, factor: Tensor) -> None:
-        self.layer.set_gradient(self.direction * factor.to(self.direction))
+        return graft_scale(
+            inner(self.gradient, self.gradient), inner(self.direction, self.direction)
+        )
 
 
 _Step = _InRowSpace | _InGradientSpace
+
+
+class _Factor:
+    # A scalar, cast once for all gradients of a device and dtype.
+
+    def __init__(self, value: Tensor) -> None:
+        self._value = value
+        self._casts: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def like(self, tensor: Tensor) -> Tensor:
+        key = tensor.device, tensor.dtype
+        if key not in self._casts:
+            self._casts[key] = self._value.to(*key)
+        return self._casts[key]
 
 
 class Apply:
@@ -90,6 +102,7 @@ class Apply:
         self._ready = ready
         self._rows = rows
         self._not_finite: Tensor | None = None
+        self._rates: tuple[list[float | Tensor], Tensor] | None = None
         self.prediction: Prediction | None = None
 
     @property
@@ -115,17 +128,21 @@ class Apply:
             kl_clip: κ of `trust="kl"`.
             loss_scale: What the loss was multiplied by in the backward.
         """
-        found = (
-            self._prepare(index, versions, loss_scale)
-            for index in range(len(self._layers))
-        )
-        steps = [step for step in found if step is not None]
+        with phase("apply"):
+            found = (
+                self._prepare(index, versions, loss_scale)
+                for index in range(len(self._layers))
+            )
+            steps = [step for step in found if step is not None]
         if not steps:
             return
-        self.prediction = self._predict(steps, kl_clip if trust == "kl" else None)
-        for step in steps:
-            graft = trust == "graft"
-            step.write(step.graft() if graft else self.prediction.scale)
+        with phase("trust"):
+            self.prediction = self._predict(steps, kl_clip if trust == "kl" else None)
+            if trust == "graft":
+                for step in steps:
+                    _write([step], _Factor(step.graft()))
+            else:
+                _write(steps, _Factor(self.prediction.scale))
 
     def _prepare(
         self, index: int, versions: Sequence[Version | None], loss_scale: float | Tensor
@@ -147,19 +164,42 @@ class Apply:
 
     def _predict(self, steps: Sequence[_Step], kl_clip: float | None) -> Prediction:
         device = steps[0].layer.weight.device
-        inner = torch.stack([s.inner().double().to(device) for s in steps])
-        rates = [s.layer.learning_rate for s in steps]
-        lr = torch.stack(
-            [torch.as_tensor(rate, dtype=inner.dtype, device=device) for rate in rates]
-        )
-        finite = inner.isfinite()
+        products = torch.stack([s.inner().to(device, torch.float64) for s in steps])
+        lr = self._learning_rates(steps, device)
+        finite = products.isfinite()
         count = (~finite).sum()
         self._not_finite = (
             count if self._not_finite is None else self._not_finite.to(device) + count
         )
-        inner = inner.where(finite, torch.zeros_like(inner))
-        square = (inner * lr.square()).sum()
+        products = products.where(finite, 0.0)
+        square = (products * lr.square()).sum()
         scale = torch.ones_like(square)
         if kl_clip is not None:
             scale = kl_scale(square, kl_clip=kl_clip)
-        return Prediction((inner * lr).sum(), square, scale)
+        return Prediction((products * lr).sum(), square, scale)
+
+    def _learning_rates(self, steps: Sequence[_Step], device: torch.device) -> Tensor:
+        # Copied to the device only when they change: each copy would stop a GPU.
+        rates = [step.layer.learning_rate for step in steps]
+        if any(isinstance(rate, Tensor) for rate in rates):
+            return torch.stack(
+                [torch.as_tensor(r, dtype=torch.float64, device=device) for r in rates]
+            )
+        known = self._rates
+        if known is None or known[0] != rates or known[1].device != device:
+            found = torch.tensor(rates, dtype=torch.float64, device=device)
+            self._rates = known = rates, found
+        return known[1]
+
+
+def _write(steps: Sequence[_Step], factor: _Factor) -> None:
+    in_place: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+    for step in steps:
+        if isinstance(step, _InGradientSpace):
+            direction = step.direction
+            step.layer.set_gradient(direction, factor.like(direction))
+            continue
+        for gradient in step.layer.gradients:
+            in_place[gradient.device, gradient.dtype].append(gradient)
+    for gradients in in_place.values():
+        torch._foreach_mul_(gradients, factor.like(gradients[0]))

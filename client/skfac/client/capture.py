@@ -13,6 +13,7 @@ from torch import Tensor
 from skfac.client.config import WIRE_DTYPES, PreconditionerConfig
 from skfac.client.hooks import HookedLayers, backward_id, without_autocast
 from skfac.client.layers import TrackedLayer
+from skfac.client.phases import phase
 from skfac.curvature.geometry import LayerGeometry
 from skfac.curvature.positions import Positions, draw_positions
 from skfac.curvature.settings import CurvatureSettings
@@ -21,7 +22,19 @@ from skfac.wire.staging import HostCopy, Staging
 
 logger = logging.getLogger(__name__)
 
+HostMemory = Callable[[Sequence[int], torch.dtype], Tensor]
+"""Makes memory on the CPU."""
+
 _CALLS_PER_SEED = 1000  # forwards of one layer in one step, far beyond any model
+
+
+def host_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Make memory for rows that need not be anywhere in particular.
+
+    Returns:
+        A tensor on the CPU.
+    """
+    return torch.empty(tuple(shape), dtype=dtype)
 
 
 @dataclass(eq=False)
@@ -98,11 +111,16 @@ class Capture:
     """
 
     def __init__(
-        self, layers: Sequence[TrackedLayer], config: PreconditionerConfig, rank: int
+        self,
+        layers: Sequence[TrackedLayer],
+        config: PreconditionerConfig,
+        rank: int,
+        empty: HostMemory = host_memory,
     ) -> None:
         self._layers = layers
         self._config = config
         self._rank = rank
+        self._host_empty = empty
         self._dtype = WIRE_DTYPES[config.wire_dtype]
         self._step: int | None = None
         self._sampling = False
@@ -193,7 +211,8 @@ class Capture:
         batch, count = geometry.extents(output)
         positions = self._draw(self._step, index, count)
         try:
-            rows = self._activation_rows(geometry, inputs.detach(), positions)
+            with phase("capture"):
+                rows = self._activation_rows(geometry, inputs.detach(), positions)
         except ValueError as error:  # a call that the geometry does not describe
             self._say_unsupported(layer.name, error)
             return None
@@ -205,9 +224,12 @@ class Capture:
         def listen(derivatives: Tensor) -> None:
             if self._sampling != (self._config.fisher == "monte_carlo"):
                 return
-            with without_autocast(derivatives.device.type):
+            with phase("capture"), without_autocast(derivatives.device.type):
                 found = geometry.derivative_rows(
-                    derivatives.detach().to(self._dtype), positions, scale=scale
+                    derivatives.detach().to(self._dtype),
+                    positions,
+                    scale=scale,
+                    empty=self._empty,
                 )
             if self._sampling:  # of no gradient, but wanted
                 call.add(found)
@@ -236,7 +258,14 @@ class Capture:
     ) -> Tensor:
         if inputs.is_floating_point():  # tokens are not
             inputs = inputs.to(self._dtype)
-        return geometry.activation_rows(inputs, positions).to(self._dtype)
+        rows = geometry.activation_rows(inputs, positions, self._empty)
+        return rows.to(self._dtype)
+
+    def _empty(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        # Where they can be sent from without a copy, if they are on the host.
+        if like.device.type != "cpu":
+            return like.new_empty(shape)
+        return self._host_empty(shape, like.dtype)
 
     def _say_unsupported(self, name: str, error: ValueError) -> None:
         # Its rows are missing then: the layer keeps the version that it has.

@@ -81,21 +81,20 @@ class TrackedLayer:
             return None
         return self.geometry.to_matrix(weight, bias)
 
-    def set_gradient(self, matrix: Tensor) -> None:
-        """Write a gradient of shape `[*groups, d_out, d_in]` back in place."""
-        weight, bias = self.geometry.from_matrix(matrix)
-        assert self.weight.grad is not None
-        self.weight.grad.copy_(weight)
-        if self.bias is not None:
-            assert self.bias.grad is not None
-            assert bias is not None
-            self.bias.grad.copy_(bias)
+    @property
+    def gradients(self) -> list[Tensor]:
+        """The gradients that there are now, of weight and bias."""
+        found = (self.weight.grad, None if self.bias is None else self.bias.grad)
+        return [gradient for gradient in found if gradient is not None]
 
-    def scale_gradient(self, factor: Tensor) -> None:
-        """Multiply the gradient in place by a scalar."""
-        for parameter in (self.weight, self.bias):
-            if parameter is not None and parameter.grad is not None:
-                parameter.grad.mul_(factor.to(parameter.grad))
+    def set_gradient(self, matrix: Tensor, factor: Tensor) -> None:
+        """Write a gradient of shape `[*groups, d_out, d_in]` back, times a scalar."""
+        parts = self.geometry.from_matrix(matrix)
+        for parameter, part in zip((self.weight, self.bias), parts, strict=True):
+            if parameter is not None:
+                assert part is not None
+                assert parameter.grad is not None
+                torch.mul(part, factor, out=parameter.grad)
 
 
 def track_layers(

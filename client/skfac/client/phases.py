@@ -1,8 +1,8 @@
 """Names for the parts of a step, as `torch.profiler` shows them.
 
-`skfac.capture` makes rows, `skfac.enqueue` hands a snapshot over, `skfac.wait` looks the
-versions up and may wait for them, `skfac.apply` preconditions, `skfac.trust` measures and
-scales the step.
+`skfac.capture` makes rows, `skfac.enqueue` hands a snapshot over, `skfac.wait` looks
+versions up and may wait for them, `skfac.apply` preconditions, `skfac.trust` measures
+the step and scales it.
 """
 
 from contextlib import AbstractContextManager

@@ -20,6 +20,7 @@ from skfac.client.config import PreconditionerConfig, check_target
 from skfac.client.due import DueVersions
 from skfac.client.layers import track_layers
 from skfac.client.loss_scale import LossScale
+from skfac.client.phases import phase
 from skfac.client.ready import ReadyVersions
 from skfac.client.report import describe
 from skfac.client.row_space import RowSpace
@@ -146,7 +147,8 @@ class Preconditioner:
         # A step that raised may be tried again; its rows were taken then.
         if step == self._next_capture:
             self._push_snapshot(step)
-        versions = self._due.at(step)
+        with phase("wait"):
+            versions = self._due.at(step)
         self._apply(
             versions,
             trust=config.trust,
@@ -327,7 +329,8 @@ class Preconditioner:
     def _provide(
         self, index: int, device: torch.device, dtype: torch.dtype
     ) -> LayerPreconditioner | None:
-        versions = self._due.in_backward(self._step)
+        with phase("wait"):
+            versions = self._due.in_backward(self._step)
         return self._ready.get(index, versions, device, dtype)
 
     def _push_snapshot(self, step: int) -> None:
@@ -336,10 +339,12 @@ class Preconditioner:
                 f"fisher='monte_carlo' takes the derivatives of step {step} from "
                 "capture_from(sampled_loss), which was not called."
             )
-        snapshot = self._capture.take(step)
+        with phase("capture"):
+            snapshot = self._capture.take(step)
         update_every = int(self.config.at("update_every", step))
-        self._store.expect(step)
-        self._transport.push(snapshot)
+        with phase("enqueue"):
+            self._store.expect(step)
+            self._transport.push(snapshot)
         self._next_capture = step + update_every
         self._sampled = False
 

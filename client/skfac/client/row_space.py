@@ -27,6 +27,7 @@ from torch import Tensor
 from skfac.client.config import PreconditionerConfig
 from skfac.client.hooks import HookedLayers, backward_id, without_autocast
 from skfac.client.layers import TrackedLayer
+from skfac.client.phases import phase
 from skfac.curvature.layer import LayerPreconditioner
 
 logger = logging.getLogger(__name__)
@@ -203,7 +204,8 @@ class RowSpace:
         x, d = x.to(wide), d.to(wide)
         if layer.bias is not None:
             x = torch.cat([x, x.new_ones(len(x), 1)], 1)
-        one = Rows(x, d, ready.activations.right(x), ready.derivatives.right(d))
+        with phase("apply"):
+            one = Rows(x, d, ready.activations.right(x), ready.derivatives.right(d))
         self._pending[index].append((backward_id(), one))
         columns = one.turned_activations
         bias = None

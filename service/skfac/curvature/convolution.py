@@ -156,7 +156,9 @@ class ConvGeometry:
         return batch.shape[0], math.prod(batch.shape[2:])
 
     def activation_rows(
-        self, inputs: Float[Tensor, "*batch_channels_space"], positions: Positions,
+        self,
+        inputs: Float[Tensor, "*batch_channels_space"],
+        positions: Positions,
         empty: Empty = new_memory,
     ) -> Float[Tensor, "*groups n d_in"]:
         """Make rows of the patches at the output positions.

@@ -71,7 +71,9 @@ class EmbeddingGeometry:
         return sample_extents(outputs)
 
     def activation_rows(
-        self, inputs: Int[Tensor, "*batch_positions"], positions: Positions,
+        self,
+        inputs: Int[Tensor, "*batch_positions"],
+        positions: Positions,
         empty: Empty = new_memory,
     ) -> Float[Tensor, "m d_in"]:
         """Count the tokens.

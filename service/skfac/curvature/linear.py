@@ -57,7 +57,9 @@ class LinearGeometry:
         return sample_extents(outputs)
 
     def activation_rows(
-        self, inputs: Float[Tensor, "*batch_positions features"], positions: Positions,
+        self,
+        inputs: Float[Tensor, "*batch_positions features"],
+        positions: Positions,
         empty: Empty = new_memory,
     ) -> Float[Tensor, "n d_in"]:
         """Append the bias column and make rows of the positions.

@@ -19,6 +19,15 @@ from torch import Tensor
 Trust = Literal["kl", "graft", "none"]
 
 
+def inner(left: Float[Tensor, "..."], right: Float[Tensor, "..."]) -> Float[Tensor, ""]:
+    """Multiply two directions in one pass over them.
+
+    Returns:
+        `Σ left · right`, a scalar.
+    """
+    return torch.dot(left.reshape(-1), right.reshape(-1))
+
+
 def kl_scale(model_decrease: Float[Tensor, ""], *, kl_clip: float) -> Float[Tensor, ""]:
     """Factor ν that shortens a step to the trust region, never lengthens it.
 
