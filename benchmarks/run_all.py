@@ -1,0 +1,112 @@
+"""Runs every benchmark of speed, keeps the figures and draws them.
+
+`make bench` is this. Each benchmark is a script of its own that prints one JSON object
+on its last line; what is here is only which ones, with which options.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import track
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.speed.plots import draw_steps
+
+HERE = Path(__file__).parent
+IMAGES = HERE.parent / "docs" / "images"
+SCRIPTS = ("step", "solver", "transport", "scale")
+
+
+def _options(**values: object) -> list[str]:
+    pairs = ((f"--{name.replace('_', '-')}", str(v)) for name, v in values.items())
+    return [part for pair in pairs for part in pair]
+
+
+def jobs(*, short: bool) -> list[tuple[str, list[str]]]:
+    """List what is run.
+
+    Args:
+        short: Seconds each, only to see that they run.
+
+    Returns:
+        Names of scripts with their options.
+    """
+    if short:
+        quick = _options(width=32, batch=8, rounds=1, steps=12)
+        steps = [[*quick, *_options(model=m)] for m in ("mlp", "cnn", "transformer")]
+        return [
+            *(("step", options) for options in steps),
+            *((name, ["--short"]) for name in SCRIPTS[1:]),
+        ]
+    grid = [
+        _options(width=width, batch=batch)
+        for width in (512, 1024, 2048)
+        for batch in (32, 64, 128)
+    ]
+    grid += [_options(update_every=every) for every in (1, 3, 100)]
+    grid += [
+        _options(model=model, width=width, steps=10, update_every=every)
+        for model, width in (("cnn", 32), ("transformer", 128))
+        for every in (10, 1)
+    ]
+    solver = [_options(dim=dim) for dim in (1024, 2048, 4096)]
+    return [
+        *(("step", options) for options in grid),
+        *(("solver", options) for options in solver),
+        ("transport", []),
+        ("scale", []),
+    ]
+
+
+def run_one(name: str, options: list[str]) -> dict[str, Any]:
+    """Run a script.
+
+    Returns:
+        Its figures.
+
+    Raises:
+        SystemExit: If it fails.
+    """
+    command = [sys.executable, str(HERE / f"{name}.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")
+    figures: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return figures
+
+
+def main(
+    results: Annotated[Path, typer.Option(help="Where the figures are kept.")] = HERE
+    / "results"
+    / "speed.json",
+    only: Annotated[
+        str, typer.Option(help=f"Some of {', '.join(SCRIPTS)}; the others stay.")
+    ] = ",".join(SCRIPTS),
+    short: Annotated[
+        bool, typer.Option("--short", help="Only see that all of them run; keep none.")
+    ] = False,
+) -> None:
+    """Run the benchmarks; about half an hour on two idle cores, which they all use."""
+    names = only.split(",")
+    wanted = [job for job in jobs(short=short) if job[0] in names]
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    console = Console(stderr=True)
+    for name, options in track(wanted, "benchmarks", console=console):
+        console.print(name, *options)
+        found[name].append(run_one(name, options))
+        if not short:
+            kept = json.loads(results.read_text()) if results.exists() else {}
+            results.write_text(json.dumps({**kept, **found}, indent=1) + "\n")
+    if not short and found.get("step"):
+        draw_steps(found["step"], IMAGES / "speed_step.png")
+    print(json.dumps({name: len(figures) for name, figures in found.items()}))
+
+
+if __name__ == "__main__":
+    typer.run(main)
