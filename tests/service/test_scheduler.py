@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from skfac.service.scheduler import Scheduler, Task
 from skfac.wire.session import SessionSpec
+from tests.support.tasks import drained, one_by_one
 from tests.support.values import layer_spec, session_spec, task_of
 
 WAIT = session_spec(layer_spec("a"), layer_spec("b"), on_late="wait")
@@ -13,14 +14,10 @@ COSTS = st.tuples(st.integers(1, 5), st.integers(1, 40), st.integers(1, 40))
 
 
 def scheduler_of(*tasks: Task) -> Scheduler:
-    scheduler = Scheduler()
+    scheduler = one_by_one()
     for task in tasks:
         assert scheduler.add(task) == []
     return scheduler
-
-
-def drained(scheduler: Scheduler) -> list[Task]:
-    return [task for task in iter(scheduler.take, None) if task is not None]
 
 
 def waiting_spec(job: str, d_in: int, d_out: int) -> SessionSpec:
@@ -28,9 +25,9 @@ def waiting_spec(job: str, d_in: int, d_out: int) -> SessionSpec:
 
 
 def test_nothing_waits():
-    scheduler = Scheduler()
+    scheduler = one_by_one()
 
-    assert scheduler.take() is None
+    assert scheduler.take() == ()
     assert len(scheduler) == scheduler.queued("job") == scheduler.nbytes("job") == 0
     scheduler.drop_session("job")
 
@@ -121,7 +118,7 @@ def test_only_the_same_layer_of_the_same_session_is_superseded():
 
 @given(first=COSTS, second=COSTS)
 def test_two_sessions_get_half_of_the_cost_each(first, second):
-    scheduler, served = Scheduler(), {"first": 0, "second": 0}
+    scheduler, served = one_by_one(), {"first": 0, "second": 0}
     largest = 0
     for job, (count, d_in, d_out) in (("first", first), ("second", second)):
         for step in range(30):
@@ -130,8 +127,7 @@ def test_two_sessions_get_half_of_the_cost_each(first, second):
             scheduler.add(task)
 
     while scheduler.queued("first") and scheduler.queued("second"):
-        taken = scheduler.take()
-        assert taken is not None
+        (taken,) = scheduler.take()
         served[taken.session_id] += taken.cost
         assert abs(served["first"] - served["second"]) <= largest
 
@@ -150,7 +146,7 @@ def test_a_session_that_was_idle_earns_no_credit():
 
 
 def test_a_session_earns_no_credit_while_nothing_is_queued():
-    scheduler = Scheduler()
+    scheduler = one_by_one()
     for step in range(20):  # each is solved before the next is there
         scheduler.add(task_of(WAIT, step, owner="diligent"))
         scheduler.take()
