@@ -16,6 +16,15 @@ Operation = Callable[..., tuple[Tensor, ...]]
 """Takes stacks, their first dimension, and returns stacks of as many results."""
 
 
+def faster_on(device: torch.device) -> bool:
+    """Tell whether stacks are faster than single matrices.
+
+    Returns:
+        False for the CPU.
+    """
+    return device.type != "cpu"
+
+
 def in_stacks(
     operation: Operation, *operands: Sequence[Tensor]
 ) -> list[tuple[Tensor, ...]]:
@@ -40,8 +49,8 @@ def in_stacks(
 def _stacks(operands: Sequence[Sequence[Tensor]]) -> Iterator[list[int]]:
     by_shapes: dict[object, list[int]] = {}
     for place, tensors in enumerate(zip(*operands, strict=True)):
-        alone = tensors[0].device.type == "cpu"
-        key = place if alone else tuple(tensor.shape for tensor in tensors)
+        stacked = faster_on(tensors[0].device)
+        key = tuple(tensor.shape for tensor in tensors) if stacked else place
         by_shapes.setdefault(key, []).append(place)
     yield from by_shapes.values()
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from skfac.curvature import stacks
 from skfac.curvature.damped import NoInverse
 from skfac.curvature.factor import Moment
 from skfac.curvature.finite import all_finite
@@ -108,13 +109,12 @@ class Solver:
         return _held_in(state, [copy.wait() for copy in copies])
 
     def _parts(self, batch: Sequence[Task]) -> Iterator[Sequence[Task]]:
-        # On the CPU nothing is stacked: a task at a time keeps its float64 rows in the
-        # cache, and frees them before the next task.
-        if self._device.type != "cpu":
+        # Where nothing is stacked, a task alone keeps its float64 rows in the cache,
+        # and frees them before the next task.
+        if stacks.faster_on(self._device):
             yield batch
-            return
-        for task in batch:
-            yield [task]
+        else:
+            yield from ([task] for task in batch)
 
     def _solve_part(self, part: Sequence[Task]) -> list[Solution]:
         solutions: dict[int, Solution] = {}
