@@ -171,7 +171,7 @@ def test_stacks_are_of_equal_shapes(stacked):
 
     def operation(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         heights.append(len(first))
-        return first @ second, first.sum((1, 2))
+        return first @ second, first.sum((-2, -1))
 
     firsts = [normal(*shape, seed=i) for i, shape in enumerate([(2, 3), (4, 3)] * 3)]
     seconds = [normal(3, 2 + (i == 4), seed=i) for i in range(6)]

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from skfac.curvature.factor import Moment
 
@@ -55,24 +57,29 @@ class DampedFactor:
         moment = self.moment
         return moment.form == "rows" and moment.tensor.shape[-2] < moment.dim
 
-    def refusal(self, largest: float, minor: int) -> NoInverse | None:
-        """Tell whether the result of a factorization is to be trusted.
+    def refusal(
+        self, damped: Float[Tensor, "*groups m m"], minor: int
+    ) -> NoInverse | None:
+        """Tell whether a factorization is to be trusted.
 
         Args:
-            largest: Upper bound of the eigenvalues, damping included.
-            minor: Order of the first leading minor that is not positive; 0 if all are.
+            damped: The matrix that was factorized.
+            minor: Order of its first leading minor that is not positive; 0 if all are.
 
         Returns:
             Why not, or None.
         """
         damping = self.total_damping
-        condition = largest / damping
         limit = _ROUNDING_SHARE / torch.finfo(self.dtype).eps
-        if not condition <= limit:
+        # No eigenvalue is above the trace, which is known, or the largest row sum.
+        largest = self.moment.trace / self.moment.weight + damping
+        if not largest / damping <= limit:
+            largest = float(damped.abs().sum(-1).amax())
+        if not largest / damping <= limit:
             return NoInverse(
                 f"A factor with eigenvalues up to {largest - damping:.3g} and damping "
-                f"{damping:.3g} has condition {condition:.3g}; {self.dtype} holds at "
-                f"most {limit:.3g}."
+                f"{damping:.3g} has condition {largest / damping:.3g}; {self.dtype} "
+                f"holds at most {limit:.3g}."
             )
         if minor:
             return NoInverse(

@@ -287,12 +287,13 @@ def _invert_diagonal(factor: DampedFactor) -> DiagonalInverse:
 
 
 def _invert_grams(factors: list[DampedFactor]) -> list[FactorInverse | NoInverse]:
-    factorized = in_stacks(_factorize, _damped_grams(factors))
-    bounds = torch.stack([bound for _, bound in factorized]).tolist()  # waits once
+    grams = _damped_grams(factors)
+    factorized = in_stacks(torch.linalg.cholesky_ex, grams)
+    minors = torch.stack([info.amax() for _, info in factorized]).tolist()  # waits once
     found: dict[int, FactorInverse | NoInverse] = {}
     good: dict[bool, list[int]] = {True: [], False: []}
-    for i, (factor, (largest, minor)) in enumerate(zip(factors, bounds, strict=True)):
-        refusal = factor.refusal(largest, int(minor))
+    for i, (factor, gram) in enumerate(zip(factors, grams, strict=True)):
+        refusal = factor.refusal(gram, minors[i])
         if refusal is None:
             good[factor.low_rank].append(i)
         else:
@@ -325,19 +326,6 @@ def _damped_grams(factors: list[DampedFactor]) -> list[Tensor]:
     return grams
 
 
-def _factorize(damped: Tensor) -> tuple[Tensor, Tensor]:
-    # Beside the factorization, two numbers for each matrix of the stack: the largest
-    # absolute row sum, which no eigenvalue exceeds, and the order of the first leading
-    # minor that is not positive, or 0.
-    cholesky, info = torch.linalg.cholesky_ex(damped)
-    stack = len(damped)
-    sums = damped.abs().sum(-1).reshape(stack, -1)
-    largest = torch.nn.functional.pad(sums, (1, 0)).amax(
-        1
-    )  # of none, with d = 0, it is 0
-    return cholesky, torch.stack((largest, info.reshape(stack, -1).amax(1)), 1)
-
-
 def _low_rank_inverses(
     factors: list[DampedFactor], choleskys: list[Tensor]
 ) -> list[FactorInverse]:
@@ -353,7 +341,9 @@ def _low_rank_inverses(
 
 
 def _inverse_root(cholesky: Tensor) -> tuple[Tensor]:
-    identity = torch.eye(cholesky.shape[-1]).to(cholesky)
+    identity = torch.eye(
+        cholesky.shape[-1], dtype=cholesky.dtype, device=cholesky.device
+    )
     return (torch.linalg.solve_triangular(cholesky, identity, upper=False),)
 
 
