@@ -32,17 +32,9 @@ def run(script, *options):
 def test_the_solver_is_timed():
     found = run("solver.py", "--dim=96", "--rows=8", "--factors=4", "--rounds=2")[-1]
 
-    assert (found["dim"], found["rows"], found["factors"], found["rounds"]) == (
-        96,
-        8,
-        4,
-        2,
-    )
-    for name in (
-        "ratio_to_products",
-        "ratio_to_fastest_products",
-        "speedup_over_dense",
-    ):
+    sizes = {"dim": 96, "rows": 8, "factors": 4, "rounds": 2}
+    assert found.items() >= sizes.items()
+    for name in ("ratio_to_products", "speedup_over_dense"):
         assert found[name] > 0
 
 
