@@ -28,6 +28,7 @@ FOREIGN_TO_CURVATURE = {
     "jaxtyping",
     "math",
     "dataclasses",
+    "functools",
     "typing",
     "collections",
 }

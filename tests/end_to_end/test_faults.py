@@ -229,7 +229,7 @@ def test_a_solver_that_fails_keeps_the_last_version(monkeypatch, caplog):
     with Trainer("embedded", update_every=1, wait_s=WAIT_S) as trainer:
         trainer.step_until(lambda report: None not in ages(report))
 
-        def broken(self, task):
+        def broken(self, batch):
             raise ZeroDivisionError("a bug")
 
         monkeypatch.setattr(Solver, "solve", broken)

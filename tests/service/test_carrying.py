@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skfac.curvature.history import LayerHistory
-from skfac.service.scheduler import Scheduler
 from skfac.service.solver import Solver
+from tests.support.tasks import drained, one_by_one, solved
 from tests.support.values import (
     assert_same_history,
     keys,
@@ -39,16 +39,17 @@ UPDATES = st.lists(
 )
 def test_timing_does_not_change_a_history(updates, history, lag):
     spec = session_spec(layer_spec(d_in=5), history=history, lag=lag)
-    scheduler, solver = Scheduler(), Solver("cpu")
+    scheduler, solver = one_by_one(), Solver("cpu")
     step, before, expected = 5, LayerHistory.empty(history), LayerHistory.empty(history)
     steps: dict[int, LayerHistory] = {}
 
     def take() -> bool:
         nonlocal before
-        task = scheduler.take()
-        if task is None:
+        batch = scheduler.take()
+        if not batch:
             return False
-        solution = solver.solve(replace(task, history=before))
+        (task,) = batch
+        solution = solved(replace(task, history=before), solver)
         assert solution.history is not None
         before = solution.history
         assert_same_history(before, steps[id(task.assembly)])
@@ -85,14 +86,13 @@ def test_timing_does_not_change_a_history(updates, history, lag):
 )
 def test_as_much_is_carried_as_the_history_needs(history, window, carried):
     spec = session_spec(history=history)
-    scheduler = Scheduler()
+    scheduler = one_by_one()
     for step in range(4):
         scheduler.add(task_of(spec, step, window=window))
 
     nbytes = scheduler.nbytes("job")
-    task = scheduler.take()
+    (task,) = scheduler.take()
 
-    assert task is not None
     assert [old.step for old in task.earlier] == carried
     assert len(scheduler) == 0
     assert nbytes == task.nbytes == (1 + len(carried)) * 4 * (3 + 2) * 4
@@ -101,23 +101,22 @@ def test_as_much_is_carried_as_the_history_needs(history, window, carried):
 @pytest.mark.parametrize("steps", [(0, 1, 2, 9), (2, 1, 0, 9), (0, 3, 1, 9)])
 def test_the_order_is_that_of_the_queue(steps):
     spec = session_spec(history="ema", lag=2)
-    scheduler = Scheduler()
+    scheduler = one_by_one()
     for step in steps:
         scheduler.add(task_of(spec, step))
 
-    task = scheduler.take()
+    (task,) = scheduler.take()
 
-    assert task is not None
     assert [old.step for old in task.earlier] == list(steps[:-1])
 
 
 def test_the_next_of_the_layer_carries():
     spec = session_spec(layer_spec("a"), layer_spec("b"), history="ema", lag=1)
-    scheduler = Scheduler()
+    scheduler = one_by_one()
     for step, layer in ((0, 0), (1, 0), (0, 1), (2, 0), (3, 0)):
         scheduler.add(task_of(spec, step, layer))
 
-    tasks = [task for task in iter(scheduler.take, None) if task is not None]
+    tasks = drained(scheduler)
 
     found = [(keys([t.assembly]), [old.step for old in t.earlier]) for t in tasks]
     assert found == [([(1, 0)], []), ([(0, 2)], [0, 1]), ([(0, 3)], [])]
@@ -125,39 +124,35 @@ def test_the_next_of_the_layer_carries():
 
 def test_an_assembly_that_is_superseded_late_keeps_its_place():
     spec = session_spec(history="ema", lag=2)
-    scheduler = Scheduler()
+    scheduler = one_by_one()
     for step in (9, 1, 10, 12):
         scheduler.add(task_of(spec, step))
 
-    (task, newest) = (scheduler.take(), scheduler.take())
+    task, newest = drained(scheduler)
 
-    assert task is not None
-    assert newest is not None
     assert (task.assembly.step, newest.assembly.step) == (10, 12)
     assert [old.step for old in task.earlier] == [9, 1]
 
 
 def test_the_window_of_what_is_folded_counts():
     spec = session_spec(history="window")
-    scheduler = Scheduler()
+    scheduler = one_by_one()
     for step, count, window in ((0, 2, 9), (1, 2, 2), (2, 2, 2), (3, 0, 1)):
         scheduler.add(task_of(spec, step, count=count, window=window))
 
-    task = scheduler.take()
+    (task,) = scheduler.take()
 
-    assert task is not None
     assert [old.step for old in task.earlier] == [1, 2]
 
 
 def test_what_has_no_rows_is_not_carried():
     spec = session_spec(history="ema")
-    scheduler = Scheduler()
+    scheduler = one_by_one()
     for step, count in enumerate((2, 0, 3, 1)):
         scheduler.add(task_of(spec, step, count=count))
 
-    task = scheduler.take()
+    (task,) = scheduler.take()
 
-    assert task is not None
     assert keys(task.earlier) == [(0, 0), (0, 2)]
 
 
@@ -183,11 +178,10 @@ def test_cost_is_that_of_a_full_history(changes, settings, cost):
 
 def test_cost_counts_what_is_carried():
     spec = session_spec(layer_spec(d_in=90, d_out=90), history="ema")
-    scheduler = Scheduler()
+    scheduler = one_by_one()
     for step in range(3):
         scheduler.add(task_of(spec, step, count=2, rank_cap=4))
 
-    task = scheduler.take()
+    (task,) = scheduler.take()
 
-    assert task is not None
     assert task.cost == 2 * (10 * 90 * 10 + 10**3)

@@ -249,10 +249,10 @@ def test_every_subscription_gets_everything(harness):
 def test_a_solver_that_raises_costs_one_version_only(harness, monkeypatch):
     solve = Solver.solve
 
-    def broken(self, task):
-        if task.assembly.layer == 0:
+    def broken(self, batch):
+        if any(task.assembly.layer == 0 for task in batch):
             raise RuntimeError("a bug")
-        return solve(self, task)
+        return solve(self, batch)
 
     monkeypatch.setattr(Solver, "solve", broken)
     session_id = harness.open(SPEC)
@@ -269,13 +269,13 @@ def test_a_solver_that_raises_costs_one_version_only(harness, monkeypatch):
 
 @pytest.fixture
 def gate(monkeypatch):
-    """Keeps the solver inside its first task until the test opens the gate."""
+    """Keeps the solver inside its first batch until the test opens the gate."""
     entered, opened, solve = threading.Event(), threading.Event(), Solver.solve
 
-    def wait(self, task):
+    def wait(self, batch):
         entered.set()
         assert opened.wait(PATIENCE_S)
-        return solve(self, task)
+        return solve(self, batch)
 
     monkeypatch.setattr(Solver, "solve", wait)
     yield entered, opened

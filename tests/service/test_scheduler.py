@@ -1,26 +1,32 @@
 """Fair between sessions, oldest first within one, nothing that is past due."""
 
+from collections import Counter
+from dataclasses import replace
+from itertools import zip_longest
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skfac.service.scheduler import Scheduler, Task
+from skfac.service.scheduler import BatchLimits, Scheduler, Task, batch_limits
 from skfac.wire.session import SessionSpec
-from tests.support.values import layer_spec, session_spec, task_of
+from tests.support.tasks import ANY, batches, drained, one_by_one
+from tests.support.values import (
+    keys,
+    layer_spec,
+    session_spec,
+    task_of,
+)
 
 WAIT = session_spec(layer_spec("a"), layer_spec("b"), on_late="wait")
 COSTS = st.tuples(st.integers(1, 5), st.integers(1, 40), st.integers(1, 40))
 
 
 def scheduler_of(*tasks: Task) -> Scheduler:
-    scheduler = Scheduler()
+    scheduler = one_by_one()
     for task in tasks:
         assert scheduler.add(task) == []
     return scheduler
-
-
-def drained(scheduler: Scheduler) -> list[Task]:
-    return [task for task in iter(scheduler.take, None) if task is not None]
 
 
 def waiting_spec(job: str, d_in: int, d_out: int) -> SessionSpec:
@@ -28,9 +34,9 @@ def waiting_spec(job: str, d_in: int, d_out: int) -> SessionSpec:
 
 
 def test_nothing_waits():
-    scheduler = Scheduler()
+    scheduler = one_by_one()
 
-    assert scheduler.take() is None
+    assert scheduler.take() == ()
     assert len(scheduler) == scheduler.queued("job") == scheduler.nbytes("job") == 0
     scheduler.drop_session("job")
 
@@ -121,7 +127,7 @@ def test_only_the_same_layer_of_the_same_session_is_superseded():
 
 @given(first=COSTS, second=COSTS)
 def test_two_sessions_get_half_of_the_cost_each(first, second):
-    scheduler, served = Scheduler(), {"first": 0, "second": 0}
+    scheduler, served = one_by_one(), {"first": 0, "second": 0}
     largest = 0
     for job, (count, d_in, d_out) in (("first", first), ("second", second)):
         for step in range(30):
@@ -130,8 +136,7 @@ def test_two_sessions_get_half_of_the_cost_each(first, second):
             scheduler.add(task)
 
     while scheduler.queued("first") and scheduler.queued("second"):
-        taken = scheduler.take()
-        assert taken is not None
+        (taken,) = scheduler.take()
         served[taken.session_id] += taken.cost
         assert abs(served["first"] - served["second"]) <= largest
 
@@ -150,7 +155,7 @@ def test_a_session_that_was_idle_earns_no_credit():
 
 
 def test_a_session_earns_no_credit_while_nothing_is_queued():
-    scheduler = Scheduler()
+    scheduler = one_by_one()
     for step in range(20):  # each is solved before the next is there
         scheduler.add(task_of(WAIT, step, owner="diligent"))
         scheduler.take()
@@ -183,3 +188,145 @@ def test_a_dropped_session_leaves_nothing():
     assert scheduler.queued("job") == scheduler.nbytes("job") == 0
     assert len(scheduler._queues) == 1
     assert drained(scheduler) == [other]
+
+
+# ------------------------------------------------------------------- batches
+
+
+def queued(limits: BatchLimits, tasks: list[Task]) -> Scheduler:
+    scheduler = Scheduler(limits)
+    for task in tasks:
+        scheduler.add(task)
+    return scheduler
+
+
+def sizes(scheduler: Scheduler) -> list[int]:
+    return [len(batch) for batch in batches(scheduler)]
+
+
+def waiting(job: str, *layers: tuple[int, int], step: int = 0) -> list[Task]:
+    declared = [layer_spec(str(i), *dims) for i, dims in enumerate(layers)]
+    spec = session_spec(*declared, job=job, on_late="wait")
+    return [task_of(spec, step, layer) for layer in range(len(layers))]
+
+
+def test_a_batch_has_no_layer_twice():
+    steps = [
+        task for step in range(3) for task in waiting("job", *[(3, 2)] * 4, step=step)
+    ]
+
+    taken = list(batches(queued(ANY, steps)))
+
+    assert [keys([t.assembly for t in batch]) for batch in taken] == [
+        [(layer, step) for layer in range(4)] for step in range(3)
+    ]
+
+
+def test_the_same_layer_of_two_sessions_is_not_the_same():
+    tasks = waiting("a", (3, 2)) + waiting("b", (3, 2))
+
+    assert sizes(queued(ANY, tasks)) == [2]
+
+
+@pytest.mark.parametrize("limit", ["cost", "nbytes", "tasks"])
+@pytest.mark.parametrize(
+    ("times", "expected"), [(2, [2, 2, 1]), (3, [3, 2]), (1, [1] * 5)]
+)
+def test_limits_bound_a_batch(limit, times, expected):
+    tasks = waiting("job", *[(3, 2)] * 5)
+    most = times * (1 if limit == "tasks" else getattr(tasks[0], limit))
+
+    assert sizes(queued(replace(ANY, **{limit: most}), tasks)) == expected
+    # One less and the last task of a batch is over it.
+    fewer = [max(one - 1, 1) for one in expected[:1]]
+    assert sizes(queued(replace(ANY, **{limit: most - 1}), tasks))[:1] == fewer
+
+
+def test_a_task_over_the_limits_comes_alone():
+    small, large, last = waiting("job", (3, 2), (300, 200), (3, 2))
+
+    limits = replace(ANY, cost=small.cost + last.cost)
+
+    assert sizes(queued(limits, [small, large, last])) == [1, 1, 1]
+    assert sizes(queued(limits, [small, last])) == [2]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:1"])
+def test_every_device_has_limits(device):
+    limits = batch_limits(device)
+
+    assert min(limits.cost, limits.nbytes, limits.tasks) > 1
+    assert (limits == batch_limits("cpu")) == (device == "cpu")
+
+
+def test_what_was_taken_counts_until_it_is_solved():
+    tasks = waiting("job", (3, 2), (3, 2), (3, 2)) + waiting("other", (3, 2))
+    scheduler = queued(replace(ANY, tasks=2), tasks)
+    nbytes = scheduler.nbytes("job")
+
+    taken = scheduler.take()
+
+    assert {task.session_id for task in taken} == {"job", "other"}
+    assert (scheduler.nbytes("job"), scheduler.queued("job")) == (nbytes, 2)
+    assert (scheduler.nbytes("other"), scheduler.queued("other")) == (nbytes // 3, 0)
+    scheduler.take()
+    assert (scheduler.nbytes("job"), scheduler.nbytes("other")) == (2 * nbytes // 3, 0)
+    assert scheduler.take() == ()
+    assert scheduler.nbytes("job") == 0
+
+
+def test_bytes_follow_what_is_superseded():
+    spec = session_spec(layer_spec("a"), layer_spec("b"))
+    scheduler = queued(ANY, [task_of(spec, 0, 0), task_of(spec, 0, 1, count=2)])
+
+    scheduler.add(task_of(spec, 9, 0, count=7))
+
+    assert scheduler.nbytes("job") == (2 + 7) * (3 + 2) * 4
+
+
+SESSIONS = st.lists(
+    st.lists(
+        st.tuples(st.integers(0, 2), st.integers(1, 4), st.integers(1, 30)),  # a task
+        max_size=8,
+    ),
+    min_size=1,
+    max_size=4,
+)
+LIMITS = st.builds(
+    BatchLimits,
+    cost=st.integers(1, 5000),
+    nbytes=st.integers(1, 3000),
+    tasks=st.integers(1, 6),
+)
+
+
+@given(sessions=SESSIONS, limits=LIMITS)
+def test_batches_are_what_would_come_one_by_one(sessions, limits):
+    tasks = []
+    for owner, declared in enumerate(sessions):
+        dims = {layer: d for layer, _, d in declared}  # a layer has one shape
+        layers = [layer_spec(str(i), dims.get(i, 1), 2) for i in range(3)]
+        spec = session_spec(*layers, job=str(owner), on_late="wait")
+        tasks += [
+            task_of(spec, step, layer, count=count)
+            for step, (layer, count, _) in enumerate(declared)
+        ]
+    expected = drained(queued(replace(ANY, tasks=1), tasks))
+
+    taken = list(batches(queued(limits, tasks)))
+
+    assert [task for batch in taken for task in batch] == expected
+    for batch, later in zip_longest(taken, taken[1:], fillvalue=()):
+        assert max(Counter(task.layer_key for task in batch).values()) == 1
+        assert len(batch) == 1 or fits(batch, limits)
+        more = (*batch, *later[:1])
+        layers = {task.layer_key for task in more}
+        assert not later or len(layers) < len(more) or not fits(more, limits)
+
+
+def fits(batch: tuple[Task, ...], limits: BatchLimits) -> bool:
+    return (
+        sum(task.cost for task in batch) <= limits.cost
+        and sum(task.nbytes for task in batch) <= limits.nbytes
+        and len(batch) <= limits.tasks
+    )

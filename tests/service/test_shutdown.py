@@ -17,9 +17,9 @@ def allowed(monkeypatch):
     """Nothing is solved until this is set."""
     solve, allowed = Solver.solve, threading.Event()
 
-    def delayed(self, task):
+    def delayed(self, batch):
         allowed.wait(TIMEOUT_S)
-        return solve(self, task)
+        return solve(self, batch)
 
     monkeypatch.setattr(Solver, "solve", delayed)
     yield allowed

@@ -6,14 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from skfac.curvature.history import LayerHistory
-from skfac.curvature.layer import LayerPreconditioner, precondition_layer
+from skfac.curvature.layer import (
+    LayerPreconditioner,
+    precondition_layer,
+    precondition_layers,
+)
 from skfac.curvature.settings import CurvatureSettings
 from skfac.service.scheduler import Task
 from skfac.service.solver import ATTEMPTS, DAMPING_GROWTH, Solver
 from skfac.wire.outcome import Loss, Version
 from skfac.wire.session import SessionSpec
 from skfac.wire.snapshot import LayerRows, Snapshot
+from tests.support.tasks import solved
 from tests.support.values import (
     assembly_of,
     assert_same_preconditioner,
@@ -35,7 +39,7 @@ def task_with(activations: Tensor, derivatives: Tensor, damping: float) -> Task:
 
 
 def version_of(task: Task, solver: Solver | None = None) -> Version:
-    outcome = (solver or Solver("cpu")).solve(task).outcome
+    outcome = solved(task, solver).outcome
     assert isinstance(outcome, Version)
     return outcome
 
@@ -55,7 +59,7 @@ def test_the_bits_are_those_of_precondition_layer(count, split):
     task = task_of(spec, 5, count=count)
     rows = task.assembly.rows[0]
 
-    solution = Solver("cpu").solve(task)
+    solution = solved(task)
 
     version = solution.outcome
     assert isinstance(version, Version)
@@ -104,7 +108,7 @@ def test_without_rank_0_the_lowest_rank_says_the_damping():
 def test_no_rows_are_a_loss(counts):
     spec = session_spec(layer_spec("encoder.0"), world_size=len(counts))
 
-    solution = Solver("cpu").solve(ranks_task(spec, list(range(len(counts))), counts))
+    solution = solved(ranks_task(spec, list(range(len(counts))), counts))
 
     text = "No rank had rows of layer 'encoder.0' at step 3."
     assert solution.outcome == Loss(0, 3, "empty", text)
@@ -117,7 +121,7 @@ def test_a_bad_condition_is_helped_by_ten_times_the_damping(retries):
     rows, damping = torch.full((1, 3), 100 / 3**0.5), 5e-4 * 10.0**-retries
     task = task_with(rows, rows, damping)
 
-    solution = Solver("cpu").solve(task)
+    solution = solved(task)
 
     assert solution.retries == retries
     assert isinstance(solution.outcome, Version)
@@ -140,7 +144,7 @@ def assert_finite_and_near(
 def test_what_cannot_be_helped_is_a_loss_that_names_layer_and_step():
     rows = torch.full((1, 3), 1e6)
 
-    solution = Solver("cpu").solve(task_with(rows, rows, 1e-6))
+    solution = solved(task_with(rows, rows, 1e-6))
 
     assert isinstance(solution.outcome, Loss)
     assert (solution.outcome.layer, solution.outcome.step) == (0, 7)
@@ -152,18 +156,18 @@ def test_what_cannot_be_helped_is_a_loss_that_names_layer_and_step():
 
 
 def test_an_inverse_that_is_not_finite_is_tried_again(monkeypatch):
-    dampings, real = [], LayerHistory.precondition
+    dampings: list[float] = []
 
-    def broken(self, settings, split, *, damping):
-        dampings.append(damping)
-        found = real(self, settings, split, damping=damping)
+    def broken(layers):
+        (found,) = precondition_layers(layers)
+        dampings.append(layers[0].damping)
         if len(dampings) == 1:
             found.derivatives.tensor[0, 0] = math.nan
-        return found
+        return [found]
 
-    monkeypatch.setattr(LayerHistory, "precondition", broken)
+    monkeypatch.setattr("skfac.service.solver.precondition_layers", broken)
 
-    solution = Solver("cpu").solve(task_of(session_spec()))
+    solution = solved(task_of(session_spec()))
 
     assert isinstance(solution.outcome, Version)
     assert dampings == [0.5, 5.0]
@@ -173,7 +177,7 @@ def test_an_inverse_that_is_not_finite_is_tried_again(monkeypatch):
 def test_rows_too_large_to_square_are_a_loss():
     rows = torch.full((2, 3), 1e200, dtype=torch.float64)
 
-    solution = Solver("cpu").solve(task_with(rows, torch.ones_like(rows), 1.0))
+    solution = solved(task_with(rows, torch.ones_like(rows), 1.0))
 
     assert isinstance(solution.outcome, Loss)
 
@@ -183,8 +187,8 @@ def test_the_result_does_not_depend_on_what_was_solved_before():
     alone = version_of(task_of(spec, 4)).preconditioner
 
     for step in range(4):
-        solver.solve(task_of(spec, step, count=step + 1))
-    solver.solve(task_with(torch.full((1, 3), 1e6), torch.ones(1, 2), 1e-6))
+        solved(task_of(spec, step, count=step + 1), solver)
+    solved(task_with(torch.full((1, 3), 1e6), torch.ones(1, 2), 1e-6), solver)
 
     assert_same_preconditioner(
         version_of(task_of(spec, 4), solver).preconditioner, alone
@@ -196,7 +200,7 @@ def test_rows_are_not_modified():
     rows = task.assembly.rows[0]
     before = rows.activations.clone(), rows.derivatives.clone()
 
-    Solver("cpu").solve(task)
+    solved(task)
 
     assert same_bits(rows.activations, before[0])
     assert same_bits(rows.derivatives, before[1])

@@ -6,6 +6,7 @@ import torch
 from skfac.service.solver import Solver
 from skfac.wire.outcome import Version
 from skfac.wire.staging import Staging
+from tests.support.tasks import solved
 from tests.support.values import layer_spec, session_spec, task_of
 
 needs_gpu = pytest.mark.skipif(
@@ -48,7 +49,7 @@ def test_a_gpu_copies_what_was_queued_before_and_nothing_later():
 def test_a_gpu_finds_the_same_inverses(count):
     spec = session_spec(layer_spec(d_in=40, d_out=20))
     task = task_of(spec, count=count)
-    outcomes = [Solver(device).solve(task).outcome for device in ("cpu", "cuda")]
+    outcomes = [solved(task, Solver(device)).outcome for device in ("cpu", "cuda")]
 
     assert all(isinstance(outcome, Version) for outcome in outcomes)
     pairs = zip(*(o.preconditioner.tensors for o in outcomes), strict=True)

@@ -17,6 +17,7 @@ the directions that stay, and the multiple is the one that leaves the trace as i
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -56,12 +57,22 @@ class Moment:
         groups = self.tensor.shape[0] if self.tensor.ndim == 3 else 1
         return groups * self.dim
 
+    @cached_property  # a pass over the tensor, and asked for more than once
+    def trace(self) -> float:
+        """The trace of what `tensor` holds, summed over groups."""
+        if self.form == "rows":
+            norm = float(torch.linalg.vector_norm(self.tensor))
+            return norm * norm
+        if self.form == "diagonal":
+            return float(self.tensor.sum())
+        return float(self.tensor.diagonal(dim1=-2, dim2=-1).sum())
+
     @property
     def mean_eigenvalue(self) -> float:
         """`tr A` over the number of eigenvalues, exact; 0 for an empty factor."""
         if self.eigenvalues == 0:
             return 0.0
-        return (_trace(self) + self.dropped) / (self.weight * self.eigenvalues)
+        return (self.trace + self.dropped) / (self.weight * self.eigenvalues)
 
     @property
     def mean_dropped(self) -> float:
@@ -121,7 +132,7 @@ class Moment:
         values, vectors = torch.linalg.eigh(gram)
         values = values.flip(-1).clamp(min=0)
         if energy < 1:
-            total = _trace(self) + self.dropped
+            total = self.trace + self.dropped
             rank = min(rank, _holding(values, energy * total))
         if rank == size:
             return self
@@ -130,7 +141,7 @@ class Moment:
             kept = leading @ matrix.tensor
         else:
             kept = leading * values[..., :rank, None].sqrt()
-        cut = _trace(self) - float(kept.square().sum())
+        cut = self.trace - float(kept.square().sum())
         dropped = self.dropped + max(cut, 0.0)
         return replace(self, form="rows", tensor=kept, dropped=dropped)
 
@@ -162,10 +173,10 @@ def moment_of(
         tensor = tensor.square().sum(-2, keepdim=True)
     # The weight n, not 1: unscaled rows lose nothing to rounding.
     moment = Moment("diagonal" if diagonal else "rows", tensor, float(count))
-    trace = _trace(moment)
-    if not math.isfinite(trace):
+    if not math.isfinite(moment.trace):
         raise ValueError(
-            f"The rows of a factor must be finite; the sum of their squares is {trace}."
+            "The rows of a factor must be finite; the sum of their squares is "
+            f"{moment.trace}."
         )
     return moment
 
@@ -200,16 +211,6 @@ def add_moments(*moments: Moment) -> Moment:
 def _matrix(moment: Moment) -> Tensor:
     tensor = moment.tensor
     return tensor.mT @ tensor if moment.form == "rows" else tensor
-
-
-def _trace(moment: Moment) -> float:
-    # Of `tensor`'s matrix, summed over groups.
-    if moment.form == "rows":
-        norm = float(torch.linalg.vector_norm(moment.tensor))
-        return norm * norm
-    if moment.form == "diagonal":
-        return float(moment.tensor.sum())
-    return float(moment.tensor.diagonal(dim1=-2, dim2=-1).sum())
 
 
 def _holding(values: Float[Tensor, "*groups size"], trace: float) -> int:

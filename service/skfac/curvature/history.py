@@ -130,15 +130,31 @@ class LayerHistory:
             ValueError: If there was no update, or `damping` is not positive and finite.
             torch.linalg.LinAlgError: If a damped factor cannot be inverted.
         """
+        activations, derivatives = self.mean(settings)
+        return precondition_moments(
+            activations, derivatives, damping=damping, split=split, dtype=self.dtype
+        )
+
+    def mean(self, settings: CurvatureSettings) -> tuple[Moment, Moment]:
+        """Take the weighted mean of the updates.
+
+        Args:
+            settings: As for `precondition`.
+
+        Returns:
+            Moments of both factors, activations first.
+
+        Raises:
+            ValueError: If there was no update.
+            torch.linalg.LinAlgError: If they cannot be compressed.
+        """
         if not self.updates:
             raise ValueError("A history without updates cannot precondition a layer.")
         activations, derivatives = (
             add_moments(*side).compressed(rank=settings.rank, energy=settings.energy)
             for side in (self.activations, self.derivatives)
         )
-        return precondition_moments(
-            activations, derivatives, damping=damping, split=split, dtype=self.dtype
-        )
+        return activations, derivatives
 
     def _updates(self, kept: tuple[Moment, ...], settings: CurvatureSettings) -> int:
         if self.history == "ema" and settings.decay > 0:

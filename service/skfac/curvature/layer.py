@@ -4,15 +4,17 @@ Source: Martens & Grosse, "Optimizing Neural Networks with Kronecker-factored
 Approximate Curvature", ICML 2015.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from skfac.curvature.damped import DampedFactor, NoInverse
 from skfac.curvature.damping import DampingSplit, split_damping
 from skfac.curvature.factor import Moment, moment_of
-from skfac.curvature.inverse import FactorInverse, invert_moment
+from skfac.curvature.inverse import FactorInverse, invert_factors
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +57,45 @@ class LayerPreconditioner:
             The preconditioned gradient, a new tensor.
         """
         return self.activations.right(self.derivatives.left(gradient))
+
+
+@dataclass(frozen=True, eq=False)
+class DampedLayer:
+    """What the preconditioner of a layer is made of.
+
+    Attributes:
+        activations: What the activation factor is made of.
+        derivatives: What the derivative factor is made of.
+        damping: `λ > 0` of the Kronecker product.
+        split: How λ is shared by the factors; see `split_damping`.
+        dtype: What the results are rounded to.
+    """
+
+    activations: Moment
+    derivatives: Moment
+    damping: float
+    split: DampingSplit
+    dtype: torch.dtype
+
+    def factors(self) -> tuple[DampedFactor, DampedFactor]:
+        """Give each factor its share of λ.
+
+        Returns:
+            The damped factors, activations first.
+
+        Raises:
+            ValueError: If `damping` is not positive and finite, or cannot be shared.
+        """
+        shares = split_damping(
+            self.damping,
+            self.split,
+            mean_eigenvalue_activations=self.activations.mean_eigenvalue,
+            mean_eigenvalue_derivatives=self.derivatives.mean_eigenvalue,
+        )
+        return (
+            DampedFactor(self.activations, shares.activations, self.dtype),
+            DampedFactor(self.derivatives, shares.derivatives, self.dtype),
+        )
 
 
 def precondition_layer(
@@ -114,13 +155,44 @@ def precondition_moments(
         ValueError: If `damping` is not positive and finite.
         torch.linalg.LinAlgError: If a damped factor cannot be inverted.
     """
-    shares = split_damping(
-        damping,
-        split,
-        mean_eigenvalue_activations=activations.mean_eigenvalue,
-        mean_eigenvalue_derivatives=derivatives.mean_eigenvalue,
-    )
-    return LayerPreconditioner(
-        activations=invert_moment(activations, damping=shares.activations, dtype=dtype),
-        derivatives=invert_moment(derivatives, damping=shares.derivatives, dtype=dtype),
-    )
+    layer = DampedLayer(activations, derivatives, damping, split, dtype)
+    found = _joined(*invert_factors(layer.factors()))
+    if isinstance(found, NoInverse):
+        raise torch.linalg.LinAlgError(found.reason)  # type: ignore[attr-defined]  # C++ defines it
+    return found
+
+
+def precondition_layers(
+    layers: Sequence[DampedLayer],
+) -> list[LayerPreconditioner | NoInverse]:
+    """Build the preconditioners of many layers together; see `invert_factors`.
+
+    Args:
+        layers: With all moments on one device.
+
+    Returns:
+        For each what `precondition_moments` returns, or why it has none.
+    """
+    factors: list[DampedFactor] = []
+    refused: list[NoInverse | None] = []
+    for layer in layers:
+        try:
+            factors += layer.factors()
+            refused.append(None)
+        except ValueError as error:
+            refused.append(NoInverse(str(error)))
+    inverses = iter(invert_factors(factors))
+    return [
+        _joined(next(inverses), next(inverses)) if refusal is None else refusal
+        for refusal in refused
+    ]
+
+
+def _joined(
+    activations: FactorInverse | NoInverse, derivatives: FactorInverse | NoInverse
+) -> LayerPreconditioner | NoInverse:
+    if isinstance(activations, NoInverse):
+        return activations
+    if isinstance(derivatives, NoInverse):
+        return derivatives
+    return LayerPreconditioner(activations, derivatives)

@@ -49,8 +49,11 @@ class Assembly:
         """Join the rows of all ranks, in the order of the ranks.
 
         Returns:
-            Activations and derivatives.
+            Activations and derivatives, which are not to be modified.
         """
+        if len(self.rows) == 1:
+            (rows,) = self.rows.values()
+            return rows.activations, rows.derivatives
         ranks = sorted(self.rows)
         activations = [self.rows[rank].activations for rank in ranks]
         derivatives = [self.rows[rank].derivatives for rank in ranks]
@@ -63,19 +66,18 @@ class Assembler:
     An assembly is complete when all ranks' rows are in, or `timeout_s` after the first
     with those that came. Rows that are here already, or whose assembly has left, are
     ignored: resending is always safe.
+
+    Attributes:
+        nbytes: Bytes of the rows that wait for other ranks.
     """
 
     def __init__(self, spec: SessionSpec, *, timeout_s: float) -> None:
+        self.nbytes = 0
         self._spec = spec
         self._timeout_s = timeout_s
         self._open: dict[tuple[int, int], Assembly] = {}
         self._seen: dict[tuple[int, int], deque[int]] = {}  # (rank, layer) -> steps
         self._left: dict[int, int] = {}  # layer -> newest step that was handed on
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the rows that wait for other ranks."""
-        return sum(assembly.nbytes for assembly in self._open.values())
 
     @property
     def deadline_s(self) -> float | None:
@@ -121,6 +123,7 @@ class Assembler:
             assembly = self._open.setdefault(key, Assembly(*key, started_s=now_s))
             assembly.rows[snapshot.rank] = rows
             assembly.settings[snapshot.rank] = snapshot.settings
+            self.nbytes += rows.nbytes
             if len(assembly.rows) == self._spec.world_size:
                 complete.append(self._hand_on(assembly))
         return complete
@@ -146,6 +149,7 @@ class Assembler:
 
     def _hand_on(self, assembly: Assembly) -> Assembly:
         del self._open[assembly.layer, assembly.step]
+        self.nbytes -= assembly.nbytes
         newest = max(assembly.step, self._left.get(assembly.layer, -1))
         self._left[assembly.layer] = newest
         return assembly

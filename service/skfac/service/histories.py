@@ -2,6 +2,7 @@
 
 import math
 
+from skfac.curvature.finite import all_finite
 from skfac.curvature.history import LayerHistory
 from skfac.curvature.settings import CurvatureSettings
 from skfac.wire.errors import (
@@ -24,7 +25,7 @@ def check_finite(state: SessionState) -> None:
         InvalidRequestError: If any is NaN or infinite.
     """
     for layer in state.layers:
-        if not all(tensor.isfinite().all() for tensor in layer.tensors):
+        if not all(map(all_finite, layer.tensors)):
             raise InvalidRequestError(
                 f"The history of layer index {layer.layer} has NaN or infinite "
                 "entries; nothing was imported."

@@ -4,7 +4,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from skfac.service.assembler import Assembly
@@ -12,8 +12,8 @@ from skfac.service.config import EngineConfig
 from skfac.service.engine import EngineStatus, SessionGrant
 from skfac.service.histories import check_finite
 from skfac.service.metrics import Metrics
-from skfac.service.scheduler import Scheduler, Task
-from skfac.service.session import Session
+from skfac.service.scheduler import Scheduler, Task, batch_limits
+from skfac.service.session import Session, first_bad_rows
 from skfac.service.sessions import Sessions
 from skfac.service.solver import Solution, Solver
 from skfac.service.subscription import LocalSubscription
@@ -51,8 +51,8 @@ class LocalEngine:
         self._started_s = clock()
         self._changed = threading.Condition()
         self._sessions = Sessions(self._config)
-        self._scheduler = Scheduler()
         self._solver = Solver(self._config.device)
+        self._scheduler = Scheduler(batch_limits(self._config.device))
         self._solving = self._draining = self._closed = False
         self._thread = threading.Thread(
             target=self._run, name="skfac-engine", daemon=True
@@ -121,7 +121,7 @@ class LocalEngine:
         """
         if not self.admit(session_id, snapshot.header):
             return False
-        bad = _first_bad_rows(snapshot)
+        bad = first_bad_rows(snapshot)
         with self._changed:
             session = self._touch(session_id)
             if bad is not None:
@@ -260,32 +260,50 @@ class LocalEngine:
     # ---------------------------------------------------------------- the thread
 
     def _run(self) -> None:
-        while (task := self._next_task()) is not None:
-            began_s = self._clock()
-            try:
-                solution = self._solver.solve(task)
-            except Exception as error:  # a bug must not cost the other sessions
-                logger.debug("The solver failed.", exc_info=True)
-                layer, step = task.assembly.layer, task.assembly.step
-                text = f"{type(error).__name__}: {error}"
-                solution = Solution(Loss(layer, step, "failed", text))
-            with self._changed:
-                self._solving = False
-                self._publish(task, solution, began_s)
-                self._changed.notify_all()
+        while self._solve_next():
+            pass
 
-    def _next_task(self) -> Task | None:
+    def _solve_next(self) -> bool:
+        # One turn; nothing of it stays alive while the next batch is waited for.
+        batch = self._next_batch()
+        if not batch:
+            return False
+        began_s = self._clock()
+        solutions = self._solve(batch)
+        with self._changed:
+            self._solving = False
+            for task, solution in zip(batch, solutions, strict=True):
+                self._publish(task, solution, began_s)
+            self._changed.notify_all()
+        return True
+
+    def _next_batch(self) -> list[Task]:
         with self._changed:
             while not self._closed:
                 self._look_at_deadlines()
-                task = self._scheduler.take()
+                batch = self._scheduler.take()
                 self._metrics.queue_depth.set(len(self._scheduler))
-                if task is not None:
+                if batch:
                     self._solving = True
-                    histories = self._sessions.find(task.session_id).histories
-                    return replace(task, history=histories.of(task.assembly.layer))
+                    self._metrics.batch_size.observe(len(batch))
+                    return [self._with_history(task) for task in batch]
                 self._changed.wait(self._until_deadline_s())
-        return None
+        return []
+
+    def _with_history(self, task: Task) -> Task:
+        histories = self._sessions.find(task.session_id).histories
+        return replace(task, history=histories.of(task.assembly.layer))
+
+    def _solve(self, batch: Sequence[Task]) -> list[Solution]:
+        try:
+            return self._solver.solve(batch)
+        except Exception as error:
+            logger.debug("The solver failed.", exc_info=True)
+            text = f"{type(error).__name__}: {error}"
+        if len(batch) > 1:  # a bug must not cost the other tasks
+            return [solution for task in batch for solution in self._solve([task])]
+        layer, step = batch[0].assembly.layer, batch[0].assembly.step
+        return [Solution(Loss(layer, step, "failed", text))]
 
     def _look_at_deadlines(self) -> None:
         now_s = self._clock()
@@ -305,8 +323,8 @@ class LocalEngine:
 
     def _publish(self, task: Task, solution: Solution, began_s: float) -> None:
         job, now_s = task.spec.job, self._clock()
-        session = self._sessions.of_job(job)
-        if session is None or session.session_id != task.session_id:
+        session = self._sessions.get(task.session_id)
+        if session is None:
             return  # closed while the solver was at it
         stages = self._metrics.stage_s
         assembled_s = task.queued_s - task.assembly.started_s
@@ -373,11 +391,3 @@ class LocalEngine:
         session.refused += 1
         self._metrics.refused.labels(session.spec.job, status_of(error).name).inc()
         logger.info("Job %r: refused: %s", session.spec.job, error)
-
-
-def _first_bad_rows(snapshot: Snapshot) -> tuple[int, str] | None:
-    for rows in snapshot.layers:
-        for side in ("activations", "derivatives"):
-            if not getattr(rows, side).isfinite().all():
-                return rows.layer, side
-    return None

@@ -16,6 +16,7 @@ from pydantic_settings import SettingsError
 from rich.console import Console
 from rich.live import Live
 
+from skfac.service.allocator import share_one_arena
 from skfac.service.config import ServiceConfig
 from skfac.service.server import Server
 from skfac.service.table import status_table
@@ -71,6 +72,7 @@ def serve(
         level=loaded.log_level.upper(),
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
+    share_one_arena()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

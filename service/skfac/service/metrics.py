@@ -9,7 +9,7 @@ _SECONDS = (
     0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0,
 )  # fmt: skip
 
-_ROWS = tuple(float(2**power) for power in range(15))
+_COUNTS = tuple(float(2**power) for power in range(15))
 
 CLOSED_KEPT = 64
 """Closed sessions whose series are still there."""
@@ -34,17 +34,23 @@ class Metrics:
         )
         self.stage_s = self._histogram(
             "skfac_stage_seconds",
-            "Where time goes: assemble (first to last rank), queue, solve.",
+            "Where time goes: assemble (first to last rank), queue, solve (the batch).",
             ("session", "stage"),
         )
         self.receive_s = self._histogram(
             "skfac_receive_seconds", "First to last frame of accepted snapshots.", ()
         )
+        self.batch_size = Histogram(
+            "skfac_batch_size",
+            "(Layer, step)s that were solved together.",
+            buckets=_COUNTS,
+            registry=self.registry,
+        )
         self.inverse_rank = Histogram(
             "skfac_inverse_rank",
             "Rows of the inverses of solved (layer, step)s.",
             ("session", "side"),
-            buckets=_ROWS,
+            buckets=_COUNTS,
             registry=self.registry,
         )
         self.received_bytes = self._counter(

@@ -1,10 +1,13 @@
 """Decides what is solved next: fair between sessions, oldest first within one."""
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from skfac.curvature.history import LayerHistory
 from skfac.service.assembler import Assembly
+from skfac.service.config import GiB, MiB
 from skfac.wire.session import SessionSpec
 
 
@@ -30,11 +33,16 @@ class Task:
     history: LayerHistory | None = None
 
     @property
+    def layer_key(self) -> tuple[str, int]:
+        """Whose history it is folded into."""
+        return self.session_id, self.assembly.layer
+
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of all rows."""
         return self.assembly.nbytes + sum(old.nbytes for old in self.earlier)
 
-    @property
+    @cached_property
     def cost(self) -> int:
         """Operations of both inversions with a full history, to within a small factor.
 
@@ -72,10 +80,51 @@ class Task:
         return replace(self, earlier=needed)
 
 
+@dataclass(frozen=True)
+class BatchLimits:
+    """How much is solved together; a batch of one task may be over them.
+
+    The first outcome of a batch is published with the last one: cost and tasks, each of
+    which takes some time whatever its cost, bound what that holds it back.
+
+    Attributes:
+        cost: Most operations.
+        nbytes: Most bytes of rows.
+        tasks: Most tasks.
+    """
+
+    cost: int
+    nbytes: int
+    tasks: int
+
+
+_LIMITS = {
+    "cpu": BatchLimits(cost=50_000_000, nbytes=64 * MiB, tasks=32),
+    "cuda": BatchLimits(cost=10_000_000_000, nbytes=GiB, tasks=256),
+}
+
+
+def batch_limits(device: str) -> BatchLimits:
+    """Choose limits for a device: 10 ms of a CPU core, enough to keep a GPU busy.
+
+    Args:
+        device: `"cpu"`, `"cuda"` or `"cuda:N"`.
+
+    Returns:
+        The limits.
+    """
+    return _LIMITS[device.partition(":")[0]]
+
+
 @dataclass(eq=False)
 class _Queue:
     tasks: deque[Task] = field(default_factory=deque)
     served: int = 0  # cost so far, raised so that an idle session earns no credit
+    nbytes: int = 0  # of the tasks
+
+    def replace(self, tasks: Iterable[Task]) -> None:
+        self.tasks = deque(tasks)
+        self.nbytes = sum(task.nbytes for task in self.tasks)
 
 
 class Scheduler:
@@ -87,9 +136,11 @@ class Scheduler:
     the trainer is waiting for it: superseding it then would let timing decide.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limits: BatchLimits) -> None:
+        self._limits = limits
         self._queues: dict[str, _Queue] = {}
         self._served = 0  # of the queue that a task was taken from last
+        self._taken: tuple[Task, ...] = ()
 
     def __len__(self) -> int:
         return sum(len(queue.tasks) for queue in self._queues.values())
@@ -103,13 +154,14 @@ class Scheduler:
         return len(self._queues[session_id].tasks) if session_id in self._queues else 0
 
     def nbytes(self, session_id: str) -> int:
-        """Measure the tasks of a session.
+        """Measure the tasks of a session that are not solved yet.
 
         Returns:
-            Bytes of the rows that wait.
+            Bytes of the rows that wait, or were taken last.
         """
         queue = self._queues.get(session_id)
-        return sum(task.nbytes for task in queue.tasks) if queue else 0
+        taken = sum(t.nbytes for t in self._taken if t.session_id == session_id)
+        return taken + (queue.nbytes if queue else 0)
 
     def add(self, task: Task) -> list[Task]:
         """Queue a task.
@@ -124,27 +176,53 @@ class Scheduler:
         if not queue.tasks:
             queue.served = max(queue.served, self._served)
         superseded = [old for old in queue.tasks if _supersedes(task, old)]
-        queue.tasks = deque(_without(superseded, [*queue.tasks, task]))
+        if superseded:
+            queue.replace(_without(superseded, [*queue.tasks, task]))
+        else:
+            queue.tasks.append(task)
+            queue.nbytes += task.nbytes
         return superseded
 
-    def take(self) -> Task | None:
-        """Choose the next task.
+    def take(self) -> tuple[Task, ...]:
+        """Choose what is solved next, and forget what was taken before.
+
+        Tasks come as if they were chosen one by one: each time the oldest of the
+        session that was served least. The batch ends before a task that would take it
+        over its limits, or of a layer that it has: a layer's updates are folded one
+        after the other.
 
         Returns:
-            The oldest task of the session that was served least, or None.
+            At least one task, if any waits.
         """
-        waiting = [queue for queue in self._queues.values() if queue.tasks]
-        if not waiting:
-            return None
-        queue = min(waiting, key=lambda q: q.served)
-        task = queue.tasks.popleft()
-        self._served = queue.served
-        queue.served += task.cost
-        return task
+        batch: list[Task] = []
+        while (queue := self._least_served()) is not None:
+            task = queue.tasks[0]
+            if batch and not self._fits(task, batch):
+                break
+            queue.tasks.popleft()
+            queue.nbytes -= task.nbytes
+            self._served = queue.served
+            queue.served += task.cost
+            batch.append(task)
+        self._taken = tuple(batch)
+        return self._taken
 
     def drop_session(self, session_id: str) -> None:
         """Forget a session and its tasks."""
         self._queues.pop(session_id, None)
+
+    def _fits(self, task: Task, batch: list[Task]) -> bool:
+        whole = [*batch, task]
+        return (
+            len(whole) <= self._limits.tasks
+            and sum(one.cost for one in whole) <= self._limits.cost
+            and sum(one.nbytes for one in whole) <= self._limits.nbytes
+            and all(task.layer_key != one.layer_key for one in batch)
+        )
+
+    def _least_served(self) -> _Queue | None:
+        waiting = (queue for queue in self._queues.values() if queue.tasks)
+        return min(waiting, key=lambda queue: queue.served, default=None)
 
 
 def _without(superseded: list[Task], tasks: list[Task]) -> list[Task]:

@@ -2,6 +2,7 @@
 
 from collections import Counter, deque
 
+from skfac.curvature.finite import all_finite
 from skfac.service.assembler import Assembler
 from skfac.service.config import EngineConfig
 from skfac.service.engine import LatencySummary, LayerStatus, SessionStatus
@@ -11,7 +12,7 @@ from skfac.wire.errors import InvalidRequestError, LimitExceededError, ServiceEr
 from skfac.wire.frames import payload_nbytes
 from skfac.wire.messages import DTYPES
 from skfac.wire.session import MAX_WINDOW, LayerSpec, SessionSpec
-from skfac.wire.snapshot import RowsHeader, SnapshotHeader
+from skfac.wire.snapshot import RowsHeader, Snapshot, SnapshotHeader
 
 _LATENCIES_KEPT = 512
 
@@ -180,3 +181,16 @@ def _summary(ordered_s: list[float]) -> LatencySummary:
         return ordered_s[min(int(share * len(ordered_s)), len(ordered_s) - 1)]
 
     return LatencySummary(len(ordered_s), quantile(0.5), quantile(0.99))
+
+
+def first_bad_rows(snapshot: Snapshot) -> tuple[int, str] | None:
+    """Look for NaN and infinities, which takes long: without the engine's lock.
+
+    Returns:
+        Layer and side of the first rows that have any.
+    """
+    for rows in snapshot.layers:
+        for side in ("activations", "derivatives"):
+            if not all_finite(getattr(rows, side)):
+                return rows.layer, side
+    return None

@@ -44,12 +44,20 @@ class Sessions:
         Raises:
             SessionNotFoundError: If there is none with this id.
         """
-        session = self._by_id.get(session_id)
+        session = self.get(session_id)
         if session is None:
             raise SessionNotFoundError(
                 "There is no such session; it was closed or its lease ran out."
             )
         return session
+
+    def get(self, session_id: str) -> Session | None:
+        """Look a session up that may have been closed.
+
+        Returns:
+            The open session, or None.
+        """
+        return self._by_id.get(session_id)
 
     def of_job(self, job: str) -> Session | None:
         """Look a job's session up.

@@ -1,16 +1,25 @@
-"""Turns the rows of one (layer, step) into its outcome."""
+"""Turns the rows of some (layer, step)s into their outcomes."""
 
 import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from skfac.curvature import stacks
+from skfac.curvature.damped import NoInverse
+from skfac.curvature.factor import Moment
+from skfac.curvature.finite import all_finite
 from skfac.curvature.history import LayerHistory
-from skfac.curvature.layer import LayerPreconditioner
+from skfac.curvature.layer import (
+    DampedLayer,
+    LayerPreconditioner,
+    precondition_layers,
+)
 from skfac.service.assembler import Assembly
 from skfac.service.scheduler import Task
-from skfac.wire.outcome import Loss, Outcome, Version
+from skfac.wire.outcome import Loss, LossReason, Outcome, Version
 from skfac.wire.staging import Staging
 from skfac.wire.state import SessionState
 
@@ -30,7 +39,8 @@ class Solution:
     Attributes:
         outcome: A version, or a loss.
         retries: Attempts with more damping than was asked for.
-        history: The layer's history with the task's rows; None leaves it as it was.
+        history: The layer's history with the task's rows; None leaves it as it was, as
+            with `history="snapshot"`, of which nothing is kept.
     """
 
     outcome: Outcome
@@ -38,45 +48,45 @@ class Solution:
     history: LayerHistory | None = None
 
 
-class Solver:
-    """Folds and inverts the factors of one task at a time on one device.
+@dataclass(frozen=True, eq=False)
+class _Folded:
+    # A task whose rows are in the history, and what is to be inverted.
+    task: Task
+    history: LayerHistory
+    moments: tuple[Moment, Moment]
 
-    The result depends on the task's history, rows, settings and specification only,
-    never on what else is queued: versions are reproducible bit by bit.
+    def damped(self, attempt: int) -> DampedLayer:
+        damping = self.task.assembly.agreed.damping * DAMPING_GROWTH**attempt
+        split = self.task.spec.damping_split
+        return DampedLayer(*self.moments, damping, split, self.history.dtype)
+
+
+class Solver:
+    """Folds and inverts the factors of batches of tasks on one device.
+
+    The result of a task depends on its history, rows, settings and specification only,
+    never on what else is in its batch or queued: on the CPU versions are reproducible
+    bit by bit. A GPU may round a product in a stack of another height differently.
     """
 
     def __init__(self, device: str) -> None:
-        self._staging = Staging(torch.device(device))
+        self._device = torch.device(device)
+        self._staging = Staging(self._device)
 
-    def solve(self, task: Task) -> Solution:
-        """Fold the rows, then invert both factors.
+    def solve(self, batch: Sequence[Task]) -> list[Solution]:
+        """Fold the rows of each task, then invert all factors together.
 
         Rows that cannot be folded leave the history as it is. Once they are folded they
         stay, even if the result cannot be inverted.
 
+        Args:
+            batch: At most one task for each layer of a session.
+
         Returns:
-            A version with finite inverses on the host, or a loss that says why; and the
-            history for the layer's next task.
+            For each task a version with finite inverses on the host, or a loss that
+            says why; and the history for the layer's next task.
         """
-        assembly = task.assembly
-        layer, step = assembly.layer, assembly.step
-        name = task.spec.layers[layer].name
-        history = task.history or LayerHistory.empty(
-            task.spec.history, diagonal=task.spec.layers[layer].diagonal
-        )
-        for old in task.earlier:
-            history, problem = self._fold(history, old)
-            if problem:
-                text = "Job %r: step %d of layer %r is not in its history: %s"
-                logger.warning(text, task.spec.job, old.step, name, problem)
-        if not assembly.count:
-            text = f"No rank had rows of layer {name!r} at step {step}."
-            return Solution(Loss(layer, step, "empty", text), 0, history)
-        history, problem = self._fold(history, assembly)
-        if problem:
-            text = f"Layer {name!r} at step {step} was not inverted: {problem}"
-            return Solution(Loss(layer, step, "failed", text), 0, history)
-        return self._invert(task, history)
+        return [s for part in self._parts(batch) for s in self._solve_part(part)]
 
     def load(self, state: SessionState) -> SessionState:
         """Copy histories to the device.
@@ -98,6 +108,50 @@ class Solver:
             copies = [self._staging.to_host(layer.tensors) for layer in state.layers]
         return _held_in(state, [copy.wait() for copy in copies])
 
+    def _parts(self, batch: Sequence[Task]) -> Iterator[Sequence[Task]]:
+        # Where nothing is stacked, a task alone keeps its float64 rows in the cache,
+        # and frees them before the next task.
+        if stacks.faster_on(self._device):
+            yield batch
+        else:
+            yield from ([task] for task in batch)
+
+    def _solve_part(self, part: Sequence[Task]) -> list[Solution]:
+        solutions: dict[int, Solution] = {}
+        folded: dict[int, _Folded] = {}
+        for place, task in enumerate(part):
+            prepared = self._prepare(task)
+            if isinstance(prepared, Solution):
+                solutions[place] = prepared
+            else:
+                folded[place] = prepared
+        inverted = self._invert(list(folded.values()))
+        solutions.update(zip(folded, inverted, strict=True))
+        return [solutions[place] for place in range(len(part))]
+
+    def _prepare(self, task: Task) -> _Folded | Solution:
+        assembly = task.assembly
+        name = task.spec.layers[assembly.layer].name
+        history = task.history or LayerHistory.empty(
+            task.spec.history, diagonal=task.spec.layers[assembly.layer].diagonal
+        )
+        for old in task.earlier:
+            history, problem = self._fold(history, old)
+            if problem:
+                text = "Job %r: step %d of layer %r is not in its history: %s"
+                logger.warning(text, task.spec.job, old.step, name, problem)
+        if not assembly.count:
+            text = f"No rank had rows of layer {name!r} at step {assembly.step}."
+            return _lost(task, "empty", text, history)
+        history, problem = self._fold(history, assembly)
+        if problem:
+            return _failed(task, problem, history)
+        try:
+            with self._staging.stream():
+                return _Folded(task, history, history.mean(assembly.agreed))
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            return _failed(task, str(error), history)
+
     def _fold(
         self, history: LayerHistory, assembly: Assembly
     ) -> tuple[LayerHistory, str]:
@@ -109,36 +163,85 @@ class Solver:
         except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
             return history, str(error)
 
-    def _invert(self, task: Task, history: LayerHistory) -> Solution:
-        assembly = task.assembly
-        layer, step = assembly.layer, assembly.step
-        damping, reason = assembly.agreed.damping, ""
+    def _invert(self, folded: list[_Folded]) -> list[Solution]:
+        solutions: dict[int, Solution] = {}
         for attempt in range(ATTEMPTS):
-            try:
-                found = self._precondition(task, history, damping)
-            except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
-                reason = str(error)
-                damping *= DAMPING_GROWTH
-            else:
-                counts = assembly.count, len(assembly.rows), history.updates
-                return Solution(Version(layer, step, found, *counts), attempt, history)
-        name = task.spec.layers[layer].name
-        text = f"Layer {name!r} at step {step} was not inverted: {reason}"
-        return Solution(Loss(layer, step, "failed", text), ATTEMPTS - 1, history)
+            left = [i for i in range(len(folded)) if i not in solutions]
+            if not left:
+                break
+            found = self._precondition([folded[i].damped(attempt) for i in left])
+            for i, preconditioner in zip(left, found, strict=True):
+                if isinstance(preconditioner, LayerPreconditioner):
+                    solutions[i] = _solved(folded[i], preconditioner, attempt)
+                elif attempt == ATTEMPTS - 1:
+                    task, history = folded[i].task, folded[i].history
+                    solutions[i] = _failed(
+                        task, preconditioner.reason, history, attempt
+                    )
+        return [solutions[i] for i in range(len(folded))]
 
     def _precondition(
-        self, task: Task, history: LayerHistory, damping: float
-    ) -> LayerPreconditioner:
+        self, layers: list[DampedLayer]
+    ) -> list[LayerPreconditioner | NoInverse]:
         with self._staging.stream():
-            preconditioner = history.precondition(
-                task.assembly.agreed, task.spec.damping_split, damping=damping
+            found = precondition_layers(layers)
+            tensors = [
+                tensor
+                for preconditioner in found
+                if isinstance(preconditioner, LayerPreconditioner)
+                for tensor in preconditioner.tensors
+            ]
+            host = iter(self._staging.to_host(tensors).wait())
+        return [
+            preconditioner
+            if isinstance(preconditioner, NoInverse)
+            else _checked(
+                preconditioner.with_tensors(next(host), next(host)), layer.damping
             )
-            host = self._staging.to_host(preconditioner.tensors).wait()
-        if not all(tensor.isfinite().all() for tensor in host):
-            raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]  # C++ has it
-                f"with damping {damping:.3g} the inverse is not finite."
-            )
-        return preconditioner.with_tensors(*host)
+            for layer, preconditioner in zip(layers, found, strict=True)
+        ]
+
+
+def _checked(
+    preconditioner: LayerPreconditioner, damping: float
+) -> LayerPreconditioner | NoInverse:
+    if all(map(all_finite, preconditioner.tensors)):
+        return preconditioner
+    return NoInverse(f"With damping {damping:.3g} the inverse is not finite.")
+
+
+def _solved(
+    folded: _Folded, preconditioner: LayerPreconditioner, retries: int
+) -> Solution:
+    assembly, history = folded.task.assembly, folded.history
+    counts = assembly.count, len(assembly.rows), history.updates
+    version = Version(assembly.layer, assembly.step, preconditioner, *counts)
+    return Solution(version, retries, _kept(history))
+
+
+def _failed(
+    task: Task, reason: str, history: LayerHistory, retries: int = 0
+) -> Solution:
+    layer, step = task.assembly.layer, task.assembly.step
+    name = task.spec.layers[layer].name
+    text = f"Layer {name!r} at step {step} was not inverted: {reason}"
+    return _lost(task, "failed", text, history, retries)
+
+
+def _lost(
+    task: Task,
+    reason: LossReason,
+    text: str,
+    history: LayerHistory,
+    retries: int = 0,
+) -> Solution:
+    loss = Loss(task.assembly.layer, task.assembly.step, reason, text)
+    return Solution(loss, retries, _kept(history))
+
+
+def _kept(history: LayerHistory) -> LayerHistory | None:
+    # Else the float64 rows of a whole batch would wait for it to end.
+    return None if history.history == "snapshot" else history
 
 
 def _held_in(state: SessionState, copies: list[list[Tensor]]) -> SessionState:

@@ -1,0 +1,199 @@
+"""Times the solver: against its bare products, and against dense inversion.
+
+One thread. `ratio_to_products` is a batch of tasks through `Solver.solve`, from float32
+rows to checked float32 inverses, over nothing but the Gram products and triangular
+solves that it cannot do without, written plainly on float64 copies of the same rows.
+`ratio_to_fastest_products` has products with explicit inverses of the triangles in
+place of the solves. `speedup_over_dense` is per factor, over the Cholesky inversion of
+the d × d factor in float32, and `speedup_over_inv` over `torch.linalg.inv` of it. All
+take turns; figures are medians over the rounds.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.speed.turns import time_in_turns
+from skfac.curvature.settings import CurvatureSettings
+from skfac.service.assembler import Assembly
+from skfac.service.scheduler import Task
+from skfac.service.solver import Solution, Solver
+from skfac.wire.outcome import Version
+from skfac.wire.session import LayerSpec, SessionSpec
+from skfac.wire.snapshot import LayerRows
+
+DAMPING = 0.1
+PLOTTED_DIMS = (512, 1024, 2048, 4096)
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """The same factors in each form that is timed.
+
+    Attributes:
+        tasks: Two factors each, of float32 rows.
+        rows: Float64 copies of them.
+        cholesky: Of a damped Gram matrix.
+        inverse: Of `cholesky`.
+        kept: The batch that was solved last, as a server keeps it for its subscribers.
+    """
+
+    tasks: list[Task]
+    rows: list[Tensor]
+    cholesky: Tensor
+    inverse: Tensor
+    kept: list[list[Solution]] = field(default_factory=list)
+
+    @classmethod
+    def draw(cls, dim: int, rows: int, count: int) -> "Factors":
+        """Draw normal rows.
+
+        Returns:
+            As many factors, two of each layer.
+        """
+        layers = tuple(
+            LayerSpec(str(i), "linear", dim, dim, False) for i in range(count // 2)
+        )
+        spec = SessionSpec(
+            job="benchmark",
+            instance="",
+            world_size=1,
+            layers=layers,
+            damping_split="pi",
+            history="snapshot",
+            update_every=1,
+            lag=1,
+            on_late="keep",
+        )
+        tasks = []
+        for index in range(len(layers)):
+            drawn = LayerRows(index, torch.randn(rows, dim), torch.randn(rows, dim))
+            settings = CurvatureSettings(damping=DAMPING)
+            assembly = Assembly(index, 0, 0.0, {0: drawn}, {0: settings})
+            tasks.append(Task(spec.job, spec, assembly, 0.0))
+        taken = [task.assembly.rows[0] for task in tasks]
+        copies = [t.double() for r in taken for t in (r.activations, r.derivatives)]
+        gram = copies[0] @ copies[0].T / rows + DAMPING**0.5 * torch.eye(rows)
+        cholesky = torch.linalg.cholesky(gram)
+        return cls(tasks, copies, cholesky, torch.linalg.inv(cholesky))
+
+    def solve(self) -> None:
+        """Solve the batch."""
+        solutions = Solver("cpu").solve(self.tasks)
+        assert all(isinstance(solution.outcome, Version) for solution in solutions)
+        self.kept[:] = [solutions]
+
+    def products(self) -> None:
+        """Multiply and solve, plainly."""
+        for rows in self.rows:
+            _ = rows @ rows.T
+            torch.linalg.solve_triangular(self.cholesky, rows, upper=False)
+
+    def fastest_products(self) -> None:
+        """Multiply alone."""
+        for rows in self.rows:
+            _ = rows @ rows.T
+            _ = self.inverse @ rows
+
+    def dense(self) -> None:
+        """Invert one factor as a whole, the fastest way that torch has."""
+        torch.cholesky_inverse(torch.linalg.cholesky(self._damped_factor()))
+
+    def dense_inv(self) -> None:
+        """Invert one factor as a whole, as most do."""
+        torch.linalg.inv(self._damped_factor())
+
+    def _damped_factor(self) -> Tensor:
+        rows = self.tasks[0].assembly.rows[0].activations
+        factor = rows.T @ rows / len(rows)
+        factor.diagonal().add_(DAMPING**0.5)
+        return factor
+
+
+def measure(dim: int, rows: int, count: int, rounds: int) -> dict[str, float]:
+    """Time one size.
+
+    Returns:
+        Figures by name.
+    """
+    factors = Factors.draw(dim, rows, count)
+    bodies = {
+        "solver": factors.solve,
+        "products": factors.products,
+        "fastest": factors.fastest_products,
+        "dense": factors.dense,
+        "inv": factors.dense_inv,
+    }
+    times = time_in_turns(bodies, rounds=rounds, repeats=1)
+    solver = times["solver"]
+    return {
+        "dim": dim,
+        "rows": rows,
+        "factors": count,
+        "rounds": rounds,
+        "solver_ms": round(1000 * solver.median_s, 3),
+        "factor_ms": round(1000 * solver.median_s / count, 4),
+        "dense_factor_ms": round(1000 * times["dense"].median_s, 3),
+        "ratio_to_products": round(solver.ratio_to(times["products"]), 3),
+        "ratio_to_fastest_products": round(solver.ratio_to(times["fastest"]), 3),
+        "speedup_over_dense": round(count * times["dense"].ratio_to(solver), 1),
+        "speedup_over_inv": round(count * times["inv"].ratio_to(solver), 1),
+    }
+
+
+def draw(found: list[dict[str, float]], plot: Path) -> None:
+    """Draw ratios and times against the size of the factors."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    dims = [one["dim"] for one in found]
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(9, 3.5), layout="constrained"
+    )
+    for name in ("ratio_to_products", "ratio_to_fastest_products"):
+        left.plot(dims, [one[name] for one in found], "o-", label=name)
+    left.axhline(1.0, color="grey", linewidth=0.8)
+    left.set(xscale="log", xlabel="d", ylabel="ratio", ylim=(0, 2))
+    for name in ("factor_ms", "dense_factor_ms"):
+        right.plot(dims, [one[name] for one in found], "o-", label=name)
+    right.set(xscale="log", yscale="log", xlabel="d", ylabel="ms a factor")
+    for axes in (left, right):
+        axes.set_xticks(dims, [f"{dim:g}" for dim in dims])
+        axes.minorticks_off()
+        axes.legend()
+    figure.savefig(plot, dpi=120)
+
+
+def main(
+    dim: Annotated[int, typer.Option(min=2, help="Size d of a factor.")] = 2048,
+    rows: Annotated[int, typer.Option(min=1, help="Rows n of a factor.")] = 64,
+    factors: Annotated[int, typer.Option(min=2, help="Factors of a batch.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each.")] = 7,
+    plot: Annotated[
+        Path | None, typer.Option(help=f"PNG of d = {PLOTTED_DIMS} and --dim.")
+    ] = None,
+) -> None:
+    """Time a batch of factors, and print one JSON object for each size."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    others = [one for one in PLOTTED_DIMS if one != dim] if plot else []
+    found = []
+    for size in (*others, dim):
+        found.append(measure(size, rows, factors, rounds))
+        print(json.dumps(found[-1]), flush=True)
+    if plot:
+        draw(sorted(found, key=lambda one: one["dim"]), plot)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,53 @@
+"""Runs one operation on many matrices, in stacks where that is faster.
+
+On the CPU every matrix is worked on alone, in memory of its own. What a library for
+linear algebra rounds depends on how its operands are aligned: inside a stack a matrix
+would not always have the bits that it has alone (measured: MKL's inverse of a 33 × 33
+matrix). Nothing is lost by it: such libraries go through a stack one by one as well,
+at up to half the speed for products, and the operands of one matrix stay in the cache.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Operation = Callable[..., tuple[Tensor, ...]]
+"""Takes tensors and returns tensors, or stacks of them in a new first dimension."""
+
+
+def faster_on(device: torch.device) -> bool:
+    """Tell whether stacks are faster than single matrices.
+
+    Returns:
+        False for the CPU.
+    """
+    return device.type != "cpu"
+
+
+def in_stacks(
+    operation: Operation, *operands: Sequence[Tensor]
+) -> list[tuple[Tensor, ...]]:
+    """Run an operation for each place in some sequences of tensors.
+
+    Args:
+        operation: What is run: on single tensors on the CPU, elsewhere on stacks of all
+            whose operands have the same shapes.
+        operands: Sequences of one length, all tensors on one device.
+
+    Returns:
+        The results for each place.
+    """
+    whole = list(zip(*operands, strict=True))
+    if not whole or not faster_on(whole[0][0].device):
+        return [operation(*tensors) for tensors in whole]
+    by_shapes: dict[tuple[torch.Size, ...], list[int]] = {}
+    for place, tensors in enumerate(whole):
+        shapes = tuple(tensor.shape for tensor in tensors)
+        by_shapes.setdefault(shapes, []).append(place)
+    found: dict[int, tuple[Tensor, ...]] = {}
+    for places in by_shapes.values():
+        stacks = [torch.stack([operand[i] for i in places]) for operand in operands]
+        results = [stack.unbind() for stack in operation(*stacks)]
+        found.update(zip(places, zip(*results, strict=True), strict=True))
+    return [found[place] for place in range(len(whole))]

@@ -1,0 +1,184 @@
+"""Many factors at once: each has the bits, or the refusal, that it has alone."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from skfac.curvature import stacks
+from skfac.curvature.damped import DampedFactor, NoInverse
+from skfac.curvature.factor import Moment, moment_of
+from skfac.curvature.inverse import (
+    DenseInverse,
+    DiagonalInverse,
+    FactorInverse,
+    LowRankInverse,
+    invert_factors,
+    invert_moment,
+)
+from skfac.curvature.layer import (
+    DampedLayer,
+    LayerPreconditioner,
+    precondition_layers,
+    precondition_moments,
+)
+from skfac.curvature.stacks import in_stacks
+from tests.support.dense import normal
+from tests.support.values import assert_same_preconditioner, same_bits
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+# Some matrices fill whole vectors of the processor, others end inside of one.
+SHAPES = [(4, 9), (33, 77), (8, 8), (33, 33), (1, 5), (12, 5), (64, 100), (2, 33, 40)]
+
+
+@pytest.fixture
+def stacked(monkeypatch):
+    """Stacks on the CPU, as on a GPU."""
+    monkeypatch.setattr(stacks, "faster_on", lambda device: True)
+
+
+def moments(*shapes: tuple[int, ...]) -> list[Moment]:
+    return [
+        moment_of(normal(*shape, seed=seed), count=shape[-2])
+        for seed, shape in enumerate(shapes)
+    ]
+
+
+def all_forms() -> list[Moment]:
+    diagonal = moment_of(normal(3, 9), count=2, diagonal=True)
+    dense = moment_of(normal(40, 33), count=40).condensed()
+    assert dense.form == "dense"
+    dropped = moment_of(normal(9, 20), count=9).compressed(rank=4)
+    return [*moments(*SHAPES, *SHAPES), diagonal, dense, dropped]
+
+
+def factors_of(taken: list[Moment], dtype: torch.dtype) -> list[DampedFactor]:
+    return [DampedFactor(m, 0.1 + i, dtype) for i, m in enumerate(taken)]
+
+
+def alone(factor: DampedFactor) -> FactorInverse:
+    return invert_moment(factor.moment, damping=factor.damping, dtype=factor.dtype)
+
+
+def singular() -> Moment:
+    return Moment("dense", torch.diag(torch.tensor([1.0, -5.0])).double(), 1.0)
+
+
+def assert_same(actual: FactorInverse | NoInverse, expected: FactorInverse) -> None:
+    assert type(actual) is type(expected)
+    assert actual.damping == expected.damping
+    assert same_bits(actual.tensor, expected.tensor)
+    assert actual.tensor.stride() == expected.tensor.stride()
+
+
+@DTYPES
+@pytest.mark.parametrize("backwards", [False, True])
+def test_the_bits_do_not_depend_on_the_others(dtype, backwards):
+    factors = factors_of(all_forms(), dtype)
+    factors = factors[::-1] if backwards else factors
+
+    together = invert_factors(factors)
+
+    forms = {LowRankInverse, DenseInverse, DiagonalInverse}
+    assert {type(inverse) for inverse in together} == forms
+    for factor, inverse in zip(factors, together, strict=True):
+        assert_same(inverse, alone(factor))
+
+
+@DTYPES
+def test_stacks_find_the_same_inverses(stacked, dtype):
+    factors = factors_of(all_forms(), dtype)
+
+    together = invert_factors(factors)
+
+    for factor, inverse in zip(factors, together, strict=True):
+        expected = alone(factor)
+        assert type(inverse) is type(expected)
+        torch.testing.assert_close(inverse.tensor, expected.tensor)
+        assert inverse.tensor.is_contiguous()
+
+
+def test_nothing_is_nothing():
+    assert invert_factors([]) == precondition_layers([]) == []
+
+
+@pytest.mark.parametrize("how", ["alone", "in stacks"])
+def test_what_cannot_be_inverted_costs_no_other(how, request):
+    if how == "in stacks":
+        request.getfixturevalue("stacked")
+    good = moments((2, 2), (3, 2), (2, 5), (2, 5))
+    steep = moment_of(1e6 * normal(2, 5), count=2)
+    factors = factors_of(
+        [good[0], singular(), good[1], good[2], steep, good[3]], torch.float32
+    )
+
+    found = invert_factors(factors)
+
+    refused = [i for i, one in enumerate(found) if isinstance(one, NoInverse)]
+    assert refused == [1, 4]
+    assert "is not positive definite: its leading minor of order 2" in found[1].reason
+    assert "float32 holds at most" in found[4].reason
+    for i in (0, 2, 3, 5):
+        torch.testing.assert_close(found[i].tensor, alone(factors[i]).tensor)
+
+
+def test_a_refusal_is_the_error_of_the_factor_alone():
+    (refused,) = invert_factors(factors_of([singular()], torch.float64))
+
+    with pytest.raises(torch.linalg.LinAlgError) as raised:
+        alone(factors_of([singular()], torch.float64)[0])
+    assert str(raised.value) == refused.reason
+
+
+def test_rows_are_not_modified():
+    taken = all_forms()
+    before = [moment.tensor.clone() for moment in taken]
+
+    invert_factors(factors_of(taken, torch.float64))
+
+    assert all(same_bits(m.tensor, old) for m, old in zip(taken, before, strict=True))
+
+
+def test_layers_have_the_bits_that_they_have_alone():
+    sides = moments((4, 9), (4, 6), (7, 5), (7, 12), (33, 33), (33, 77))
+    layers = [
+        DampedLayer(a, g, damping, "pi", torch.float32)
+        for a, g, damping in zip(sides[::2], sides[1::2], (0.1, 1.0, 2.0), strict=True)
+    ]
+    never = DampedLayer(sides[0], sides[1], float("nan"), "pi", torch.float32)
+    layers.insert(1, never)
+    layers.insert(2, DampedLayer(sides[0], singular(), 0.1, "equal", torch.float32))
+
+    found = precondition_layers(layers)
+
+    assert isinstance(found[1], NoInverse)
+    assert "damping must be positive and finite" in found[1].reason
+    assert isinstance(found[2], NoInverse)
+    for i in (0, 3, 4):
+        layer = layers[i]
+        expected = precondition_moments(
+            layer.activations,
+            layer.derivatives,
+            damping=layer.damping,
+            split=layer.split,
+            dtype=layer.dtype,
+        )
+        assert isinstance(found[i], LayerPreconditioner)
+        assert_same_preconditioner(found[i], expected)
+
+
+def test_stacks_are_of_equal_shapes(stacked):
+    heights = []
+
+    def operation(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        heights.append(len(first))
+        return first @ second, first.sum((-2, -1))
+
+    firsts = [normal(*shape, seed=i) for i, shape in enumerate([(2, 3), (4, 3)] * 3)]
+    seconds = [normal(3, 2 + (i == 4), seed=i) for i in range(6)]
+
+    results = in_stacks(operation, firsts, seconds)
+
+    assert sorted(heights) == [1, 2, 3]
+    for first, second, (product, total) in zip(firsts, seconds, results, strict=True):
+        torch.testing.assert_close(product, first @ second)
+        torch.testing.assert_close(total, first.sum())
