@@ -21,6 +21,7 @@ from skfac.service.server import Server
 from skfac.service.table import status_table
 from skfac.v1 import preconditioning_pb2 as pb
 from skfac.v1 import preconditioning_pb2_grpc as rpc
+from skfac.wire.allocator import keep_large_blocks
 from skfac.wire.channel import CLIENT_OPTIONS
 
 app = typer.Typer(
@@ -71,6 +72,7 @@ def serve(
         level=loaded.log_level.upper(),
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
+    keep_large_blocks()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
