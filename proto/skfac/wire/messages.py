@@ -47,8 +47,12 @@ def parse(kind: type[_M], data: memoryview) -> _M:
     return message
 
 
-def encode_header(tensor: Tensor) -> pb.TensorHeader:
-    """Describe a tensor of the payload.
+def encode_header(tensor: Tensor, shared_offset: int | None = None) -> pb.TensorHeader:
+    """Describe a tensor.
+
+    Args:
+        tensor: The tensor.
+        shared_offset: Where it is in shared memory; None if it is in the payload.
 
     Returns:
         Its header.
@@ -56,19 +60,24 @@ def encode_header(tensor: Tensor) -> pb.TensorHeader:
     Raises:
         InvalidRequestError: If the tensor is of a dtype that cannot be sent.
     """
-    return pb.TensorHeader(dtype=encode_dtype(tensor.dtype), shape=tensor.shape)
+    return pb.TensorHeader(
+        dtype=encode_dtype(tensor.dtype),
+        shape=tensor.shape,
+        shared_offset=shared_offset,
+    )
 
 
 def decode_header(message: pb.TensorHeader) -> TensorHeader:
     """Read the header of a tensor.
 
     Returns:
-        Its type and shape.
+        Its type and shape, and where it is.
 
     Raises:
         InvalidRequestError: If the dtype is unknown.
     """
-    return TensorHeader(decode_dtype(message.dtype), tuple(message.shape))
+    offset = message.shared_offset if message.HasField("shared_offset") else None
+    return TensorHeader(decode_dtype(message.dtype), tuple(message.shape), offset)
 
 
 def encode_dtype(dtype: torch.dtype) -> "pb.DType.ValueType":

@@ -1,0 +1,254 @@
+"""Memory that a trainer and a server on one host share for one connection.
+
+The trainer makes a file in /dev/shm and offers it by name; the server opens and unlinks
+it. It has three parts, each at the beginning of a page:
+
+    header   16 bytes that whoever offers the file must know; at byte 64 how far the
+             trainer has read the down area, and at byte 72 the same inverted
+    up       rows, written by the trainer wherever it likes
+    down     versions, written by the server round and round (see `ring`)
+
+Neither end believes the other: all offsets are checked, and only the trainer maps the
+file. The server copies by `preadv` and `pwritev`, so that a file that is cut short is
+an error and not a signal, and what it has copied can change no more.
+"""
+
+import errno
+import hmac
+import mmap
+import os
+import re
+import secrets
+import stat
+import sys
+import weakref
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from skfac.v1 import preconditioning_pb2 as pb
+from skfac.wire.errors import InvalidRequestError
+from skfac.wire.snapshot import ALIGNMENT, TensorHeader
+
+FOLDER = Path("/dev/shm")  # noqa: S108  # files are made with O_EXCL and O_NOFOLLOW
+"""Where regions are made."""
+
+TOKEN_BYTES = 16
+"""Length of what is known only to the two ends of a region."""
+
+MAX_SNAPSHOTS = 4
+"""An area is at most so many times as large as a snapshot may be."""
+
+_NAME = re.compile(r"skfac-[0-9a-f]{32}")
+_PAGE_BYTES = 4096
+_CONSUMED_AT = 64
+_COUNTER_MASK = 2**64 - 1
+_MOST_VIEWS = 1024  # that one call takes, which is Linux's IOV_MAX
+
+
+@dataclass(frozen=True)
+class Area:
+    """One direction of a region.
+
+    Attributes:
+        fd: The file.
+        begin: Where the area begins in it.
+        nbytes: Its length.
+    """
+
+    fd: int
+    begin: int
+    nbytes: int
+
+    def check(self, headers: Iterable[TensorHeader]) -> None:
+        """Check where tensors are said to be. They may overlap: all are copied.
+
+        Raises:
+            InvalidRequestError: If one is not within the area, or not aligned.
+        """
+        for header in headers:
+            offset = header.shared_offset
+            if offset is None:
+                continue
+            if offset % ALIGNMENT or offset + header.nbytes > self.nbytes:
+                raise InvalidRequestError(
+                    f"A tensor of {header.nbytes} bytes at offset {offset} is not in "
+                    f"the {self.nbytes} bytes of shared memory, or not aligned to "
+                    f"{ALIGNMENT}."
+                )
+
+    def read(self, offset: int, view: memoryview) -> None:
+        """Fill a view with what is there.
+
+        Raises:
+            InvalidRequestError: If the file is shorter than it was, or cannot be read.
+        """
+        done = 0
+        while done < len(view):
+            try:
+                count = os.preadv(self.fd, [view[done:]], self.begin + offset + done)
+            except OSError as error:
+                raise InvalidRequestError(
+                    f"The shared memory cannot be read: {error.strerror}."
+                ) from None
+            if count == 0:
+                raise InvalidRequestError(
+                    f"The shared memory was cut: it ends {len(view) - done} bytes "
+                    "before a tensor does."
+                )
+            done += count
+
+    def write(self, offset: int, views: Sequence[memoryview]) -> None:
+        """Write views one after the other; the caller has checked that they fit.
+
+        Raises:
+            OSError: If the file cannot be written.
+        """
+        position = self.begin + offset
+        rest = [view for view in views if len(view)]
+        while rest:
+            count = os.pwritev(self.fd, rest[:_MOST_VIEWS], position)
+            position += count
+            while rest and count >= len(rest[0]):
+                count -= len(rest.pop(0))
+            if count:
+                rest[0] = rest[0][count:]
+
+
+class Region:
+    """The file, its two areas and the counter in its header.
+
+    Attributes:
+        up: Where the trainer writes.
+        down: Where the server writes.
+    """
+
+    def __init__(self, fd: int, up_nbytes: int, down_nbytes: int) -> None:
+        self._fd = fd
+        self.up = Area(fd, _PAGE_BYTES, up_nbytes)
+        self.down = Area(fd, _PAGE_BYTES + _whole_pages(up_nbytes), down_nbytes)
+        self.close = weakref.finalize(self, os.close, fd)
+        """Close the file; what is mapped of it stays. Idempotent."""
+
+    def read_consumed(self) -> int | None:
+        """Read how far the trainer says that it has read the down area.
+
+        Returns:
+            A number to be checked; None if none can be read, or it is just written.
+        """
+        try:
+            both = os.pread(self._fd, 16, _CONSUMED_AT)
+        except OSError:
+            return None
+        value = int.from_bytes(both[:8], "little")
+        inverted = int.from_bytes(both[8:], "little")
+        return value if value == inverted ^ _COUNTER_MASK else None
+
+    def write_consumed(self, value: int) -> None:
+        """Tell the server how far the down area was read."""
+        inverted = value ^ _COUNTER_MASK
+        both = value.to_bytes(8, "little") + inverted.to_bytes(8, "little")
+        os.pwrite(self._fd, both, _CONSUMED_AT)
+
+
+class OwnRegion(Region):
+    """A region as its trainer has it.
+
+    Attributes:
+        offer: What the server needs to know; the session is left to be filled in.
+        up_map: The up area, mapped.
+
+    Raises:
+        OSError: If there is no room for it, or no shared memory at all.
+    """
+
+    def __init__(self, token: bytes, up_nbytes: int, down_nbytes: int) -> None:
+        if sys.byteorder != "little" or not hasattr(os, "posix_fallocate"):
+            raise OSError(errno.ENOTSUP, "This platform's memory is not shared")
+        name = f"skfac-{secrets.token_hex(16)}"
+        self.offer = pb.SharedRegion(
+            token=token, name=name, up_nbytes=up_nbytes, down_nbytes=down_nbytes
+        )
+        path = FOLDER / name
+        nbytes = region_nbytes(up_nbytes, down_nbytes)
+        _check_room(nbytes)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(path, flags, 0o600)
+        self.unlink = weakref.finalize(self, _unlink, path, os.getpid())
+        """Remove the name, also when the process ends by itself; idempotent."""
+        super().__init__(fd, up_nbytes, down_nbytes)
+        try:
+            # Else the first write to a page that /dev/shm has no room for is a SIGBUS.
+            os.posix_fallocate(fd, 0, nbytes)
+            os.pwrite(fd, token, 0)
+            self.write_consumed(0)
+            mapped = mmap.mmap(fd, _PAGE_BYTES + up_nbytes)
+        except BaseException:
+            self.discard()
+            raise
+        self.up_map = memoryview(mapped)[_PAGE_BYTES:]
+
+    def discard(self) -> None:
+        """Remove and close it; idempotent."""
+        self.unlink()
+        self.close()
+
+
+def open_region(offer: pb.SharedRegion, max_area_bytes: int) -> Region:
+    """Open and unlink the region that a trainer offers.
+
+    Returns:
+        The region.
+
+    Raises:
+        OSError: If it is not here, may not be opened, or is not what it is said to be.
+    """
+    if max(offer.up_nbytes, offer.down_nbytes) > max_area_bytes:
+        raise OSError(errno.EFBIG, f"An area is over {max_area_bytes} bytes")
+    if not _NAME.fullmatch(offer.name) or len(offer.token) != TOKEN_BYTES:
+        raise OSError(errno.EINVAL, "The name or the token has the wrong form")
+    path = FOLDER / offer.name
+    # Without O_NONBLOCK a FIFO would be waited for.
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    fd = os.open(path, flags)
+    region = Region(fd, offer.up_nbytes, offer.down_nbytes)
+    try:
+        found = os.fstat(fd)
+        nbytes = region_nbytes(offer.up_nbytes, offer.down_nbytes)
+        if not stat.S_ISREG(found.st_mode) or found.st_size != nbytes:
+            raise OSError(errno.EINVAL, f"It is no file of {nbytes} bytes")
+        if not hmac.compare_digest(os.pread(fd, TOKEN_BYTES, 0), offer.token):
+            raise OSError(errno.EACCES, "The token is another")
+        path.unlink(missing_ok=True)
+    except BaseException:
+        region.close()
+        raise
+    return region
+
+
+def region_nbytes(up_nbytes: int, down_nbytes: int) -> int:
+    """Size of the file of a region.
+
+    Returns:
+        Bytes.
+    """
+    return _PAGE_BYTES + _whole_pages(up_nbytes) + _whole_pages(down_nbytes)
+
+
+def _whole_pages(nbytes: int) -> int:
+    return -(-nbytes // _PAGE_BYTES) * _PAGE_BYTES
+
+
+def _check_room(nbytes: int) -> None:
+    # The other half is left to others: this is an optimization and no need.
+    found = os.statvfs(FOLDER)
+    free = found.f_bavail * found.f_frsize
+    if nbytes > free // 2:
+        raise OSError(errno.ENOSPC, f"{free} bytes are free in {FOLDER}")
+
+
+def _unlink(path: Path, owner: int) -> None:
+    if os.getpid() == owner:  # a forked child has no part in it
+        with suppress(OSError):
+            path.unlink()
