@@ -141,7 +141,7 @@ class PayloadBuffer:
         pool: Pool | None = None,
     ) -> None:
         self._headers = headers
-        nbytes = payload_nbytes(headers)
+        self._begins, nbytes = _arrange(headers)
         try:
             if pinned or pool is None:
                 self._buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
@@ -151,7 +151,6 @@ class PayloadBuffer:
             # Short memory, or a number over 64 bits.
             raise LimitExceededError(f"No memory for {nbytes} bytes: {error}") from None
         self._view = self._buffer.numpy().data
-        self._begins = _begins(headers)
         self._shared = [i for i, h in enumerate(headers) if h.shared_offset is not None]
         self._expected = nbytes - sum(headers[i].padded_nbytes for i in self._shared)
         self._filled = 0
@@ -212,11 +211,13 @@ class PayloadBuffer:
             Tensors that share the buffer's memory, which nothing else will write to.
         """
         assert self.complete, "A payload is read before all of it is there."
-        tensors = []
-        for header, begin in zip(self._headers, self._begins, strict=True):
-            flat = self._buffer[begin : begin + header.nbytes].view(header.dtype)
-            tensors.append(flat.reshape(header.shape))
-        return tensors
+        typed = {h.dtype: self._buffer.view(h.dtype) for h in self._headers}
+        return [
+            typed[header.dtype]
+            .narrow(0, begin // header.dtype.itemsize, header.numel)
+            .view(header.shape)
+            for header, begin in zip(self._headers, self._begins, strict=True)
+        ]
 
 
 def payload_nbytes(headers: Iterable[TensorHeader]) -> int:
@@ -238,12 +239,13 @@ def byte_views(tensors: Iterable[Tensor]) -> Iterator[memoryview]:
     for tensor in tensors:
         if not tensor.numel():
             continue
-        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        yield flat.numpy().data
-        yield padding[: padded(tensor.nbytes) - tensor.nbytes]
+        view = tensor.detach().contiguous().numpy().data.cast("B")
+        yield view
+        if len(view) % ALIGNMENT:
+            yield padding[: padded(len(view)) - len(view)]
 
 
-def _begins(headers: Sequence[TensorHeader]) -> list[int]:
+def _arrange(headers: Sequence[TensorHeader]) -> tuple[list[int], int]:
     # Those of the payload first, as they come; then those that are in shared memory.
     begins, position = [0] * len(headers), 0
     for shared in (False, True):
@@ -251,7 +253,7 @@ def _begins(headers: Sequence[TensorHeader]) -> list[int]:
             if (header.shared_offset is not None) == shared:
                 begins[index] = position
                 position += header.padded_nbytes
-    return begins
+    return begins, position
 
 
 def _chunks(views: Iterable[memoryview]) -> Iterator[list[memoryview]]:

@@ -18,6 +18,8 @@ DTYPES: "dict[pb.DType.ValueType, torch.dtype]" = {
 }
 """Types of the elements of tensors that can be sent."""
 
+_DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
 HISTORIES: "dict[pb.History.ValueType, History]" = {
     pb.HISTORY_SNAPSHOT: "snapshot",
     pb.HISTORY_WINDOW: "window",
@@ -89,9 +91,9 @@ def encode_dtype(dtype: torch.dtype) -> "pb.DType.ValueType":
     Raises:
         InvalidRequestError: If tensors of it cannot be sent.
     """
-    if dtype not in DTYPES.values():
+    if dtype not in _DTYPE_CODES:
         raise InvalidRequestError(f"Cannot send tensors of {dtype}.")
-    return code_of(DTYPES, dtype)
+    return _DTYPE_CODES[dtype]
 
 
 def decode_dtype(code: "pb.DType.ValueType") -> torch.dtype:

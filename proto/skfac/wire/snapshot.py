@@ -36,6 +36,11 @@ class TensorHeader:
         return cls(tensor.dtype, tuple(tensor.shape))
 
     @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the elements."""
         return math.prod(self.shape) * self.dtype.itemsize
