@@ -125,11 +125,26 @@ def test_memory_is_used_again_only_after_the_answer(link):
     assert arena.free_bytes == before
 
 
-def test_a_declined_region_is_given_up(link, folder):
-    offered(link)
-    assert list(folder.iterdir())
-    link.answer(accepted=False)
+def test_a_server_that_sees_no_process_may_see_the_folder(link, folder):
+    first = offered(link)
     assert not list(folder.iterdir())
+    assert not list(link.offer(snapshot(SPEC)))  # one at a time
+    link.answer(accepted=False)
+
+    second = offered(link)
+    assert [path.name for path in folder.iterdir()] == [second.name]
+    assert first.name != second.name
+    link.answer(accepted=True)
+    assert not list(folder.iterdir())
+    assert link.empty((4,), torch.float32) is not None
+
+
+def test_a_region_that_is_declined_twice_is_given_up(link, folder):
+    for _ in range(2):
+        offered(link)
+        link.answer(accepted=False)
+    assert not list(folder.iterdir())
+    assert not list(link.offer(snapshot(SPEC)))
     assert link.empty((4,), torch.float32) is None
     link.answer(accepted=True)  # a server that changes its mind
     assert link.empty((4,), torch.float32) is None
@@ -151,8 +166,8 @@ def test_nothing_is_handed_out_after_the_end_and_tensors_stay(link, folder):
 def test_an_offer_that_comes_too_late_leaves_nothing(link, folder, monkeypatch):
     real = shared_memory.OwnRegion
 
-    def slow(*arguments):
-        region = real(*arguments)
+    def slow(*arguments, sealed):
+        region = real(*arguments, sealed=sealed)
         link.close()
         return region
 

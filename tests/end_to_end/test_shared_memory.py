@@ -103,29 +103,31 @@ def test_histories_change_nothing_of_it(history):
     assert all(counts[name] > 0 for name in SHARED)
 
 
-def elsewhere(tmp_path: Path):
-    """A server whose /dev/shm is another, as in a container of its own."""
+def seeing(monkeypatch: pytest.MonkeyPatch, **places: Path) -> None:
+    """A server with another /dev/shm or /proc, as in a container of its own."""
 
     def opened(offer, limit):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(shared_memory, "FOLDER", tmp_path)
+            for name, place in places.items():
+                patch.setattr(shared_memory, name, place)
             return open_region(offer, limit)
 
-    return opened
+    monkeypatch.setattr(regions, "open_region", opened)
 
 
-def full(*_: object) -> None:
+def fail(*_: object) -> int:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("why", ["another host", "full", "no folder"])
+@pytest.mark.parametrize("why", ["another host", "full", "no such memory"])
 def test_without_shared_memory_all_goes_inline(why, monkeypatch, tmp_path, expected):
     if why == "another host":
-        monkeypatch.setattr(regions, "open_region", elsewhere(tmp_path))
+        seeing(monkeypatch, FOLDER=tmp_path, PROCESSES=tmp_path)
     elif why == "full":
-        monkeypatch.setattr(os, "posix_fallocate", full)
+        monkeypatch.setattr(os, "posix_fallocate", fail)
     else:
         monkeypatch.setattr(shared_memory, "FOLDER", tmp_path / "missing")
+        monkeypatch.setattr(os, "memfd_create", fail)
     with serving() as server:
         trajectory, counts = trained(server.address)
 
@@ -134,14 +136,24 @@ def test_without_shared_memory_all_goes_inline(why, monkeypatch, tmp_path, expec
     assert counts["sent_bytes"] > 0
 
 
+@pytest.mark.parametrize("place", ["FOLDER", "PROCESSES"])
+def test_one_of_both_places_is_enough(place, monkeypatch, tmp_path, expected):
+    seeing(monkeypatch, **{place: tmp_path})
+    with serving() as server:
+        trajectory, counts = trained(server.address)
+
+    assert same(trajectory, expected)
+    assert all(counts[name] > 0 for name in SHARED)
+
+
 def test_a_region_that_is_too_small_loses_nothing(monkeypatch, expected):
     # Room for some tensors of a snapshot, and one or two layers' versions.
     made: list[tuple[int, int]] = []
     real = shared_memory.OwnRegion
 
-    def small(token, up_nbytes, down_nbytes):
+    def small(token, up_nbytes, down_nbytes, *, sealed):
         made.append((up_nbytes, down_nbytes))
-        return real(token, up_nbytes // 5, down_nbytes // 5)
+        return real(token, up_nbytes // 5, down_nbytes // 5, sealed=sealed)
 
     monkeypatch.setattr("skfac.client.shared_link.OwnRegion", small)
     with serving() as server:
@@ -153,7 +165,12 @@ def test_a_region_that_is_too_small_loses_nothing(monkeypatch, expected):
     assert counts["shared_received_bytes"] > 0
 
 
-def test_a_killed_server_leaves_nothing_and_the_next_one_shares_too(expected):
+@pytest.mark.parametrize("named", [False, True])
+def test_a_killed_server_leaves_nothing_and_the_next_one_shares_too(
+    named, monkeypatch, expected
+):
+    if named:
+        monkeypatch.setattr(os, "memfd_create", fail)
     with ServerProcess() as server, Trainer(server.address) as trainer:
         before = dict(trainer.train(5))
         assert all(before[name] > 0 for name in SHARED)
@@ -167,6 +184,7 @@ def test_a_killed_server_leaves_nothing_and_the_next_one_shares_too(expected):
 
 
 def test_a_server_that_dies_with_an_offer_unanswered_leaves_nothing(monkeypatch):
+    monkeypatch.setattr(os, "memfd_create", fail)  # so that there is a name
     with ServerProcess() as server:
         real = SharedLink.offer
 

@@ -49,9 +49,9 @@ def client(server):
         yield client
 
 
-@pytest.fixture
-def push(client):
-    with SharedPush(client) as push:
+@pytest.fixture(params=[False, True], ids=["named", "sealed"])
+def push(request, client):
+    with SharedPush(client, sealed=request.param) as push:
         yield push
 
 
@@ -202,25 +202,31 @@ def test_an_offset_without_a_region_is_refused(client, push):
     assert not push.ask(frame).HasField("refusal")
 
 
-def test_a_file_that_is_cut_costs_its_snapshot_only(client, push):
-    assert push.offer()
-    good = snapshot_of(client.spec, 1)
-    (frame,) = push.frames(push.placed(good))
-    push.arena.empty((1,), torch.float32)
-    os.truncate(push.region.up.fd, 4096 + 64)
+def test_a_file_that_is_cut_costs_its_snapshot_only(client):
+    with SharedPush(client) as push:
+        assert push.offer()
+        good = snapshot_of(client.spec, 1)
+        (frame,) = push.frames(push.placed(good))
+        os.truncate(push.region.up.fd, 4096 + 64)
 
-    answer = push.ask(frame)
+        answer = push.ask(frame)
 
-    assert answer.refusal.code == INVALID
-    assert "was cut" in answer.refusal.message
-    assert not push.ask(*client.frames(good)).HasField("refusal")  # inline
-    assert [o.step for o in client.outcomes(2)] == [1, 1]
+        assert answer.refusal.code == INVALID
+        assert "was cut" in answer.refusal.message
+        # It is written to all the same: down there the file only grows again.
+        outcomes = subscribe(client, push.token)
+        assert not push.ask(*client.frames(good)).HasField("refusal")  # inline
+        received = answered(outcomes, push.region.down)
+        assert [next(received)[0].step for _ in range(2)] == [1, 1]
+        outcomes.cancel()
 
 
 @pytest.mark.parametrize(
     "fields",
     [
         {"name": "../../etc/passwd"},
+        {"name": "1/fd/0"},
+        {"name": f"{os.getpid()}/fd/0"},
         {"name": "skfac-" + "0" * 32},
         {"name": ""},
         {"token": bytes(16)},

@@ -22,11 +22,16 @@ class SharedPush:
     """A push stream that stays open, and a region that was offered on it."""
 
     def __init__(
-        self, client: RawClient, up_nbytes: int = 65_536, down_nbytes: int = 65_536
+        self,
+        client: RawClient,
+        up_nbytes: int = 65_536,
+        down_nbytes: int = 65_536,
+        *,
+        sealed: bool = False,
     ) -> None:
         self.session_id = client.grant.session_id
         self.token = secrets.token_bytes(16)
-        self.region = OwnRegion(self.token, up_nbytes, down_nbytes)
+        self.region = OwnRegion(self.token, up_nbytes, down_nbytes, sealed=sealed)
         self.region.offer.session_id = self.session_id
         self.arena = Arena(self.region.up_map)
         self._frames: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()

@@ -25,8 +25,8 @@ def _folder(tmp_path_factory):
 class Ends:
     """A ring, and its reader."""
 
-    def __init__(self, capacity: int = CAPACITY) -> None:
-        self.own = OwnRegion(bytes(16), 4096, capacity)
+    def __init__(self, capacity: int = CAPACITY, *, sealed: bool = False) -> None:
+        self.own = OwnRegion(bytes(16), 4096, capacity, sealed=sealed)
         self.peer = open_region(self.own.offer, 10**6)
         self.ring = Ring(self.peer)
 
@@ -51,9 +51,9 @@ def tensors(*counts: int, value: float = 1.0) -> list[torch.Tensor]:
     return [torch.full((count,), value + i) for i, count in enumerate(counts)]
 
 
-@pytest.fixture
-def ends():
-    with Ends() as ends:
+@pytest.fixture(params=[False, True], ids=["named", "sealed"])
+def ends(request):
+    with Ends(sealed=request.param) as ends:
         yield ends
 
 
@@ -136,21 +136,23 @@ def test_nothing_is_written_after_the_end(ends):
     assert ends.ring.place(tensors(1)) is None
 
 
-def test_a_file_that_cannot_be_written_is_given_up(ends, monkeypatch):
+def test_a_file_that_cannot_be_written_is_given_up(monkeypatch):
     def broken(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(shared_memory.os, "pwritev", broken)
+    with Ends() as ends:
+        with monkeypatch.context() as patch:
+            patch.setattr(shared_memory.os, "pwritev", broken)
+            assert ends.ring.place(tensors(1)) is None
         assert ends.ring.place(tensors(1)) is None
-    assert ends.ring.place(tensors(1)) is None
 
 
+@pytest.mark.parametrize("sealed", [False, True])
 @given(
     steps=st.lists(st.lists(st.integers(0, 90), max_size=4) | st.none(), max_size=40)
 )
-def test_what_was_not_read_is_never_overwritten(steps):
-    with Ends() as ends:
+def test_what_was_not_read_is_never_overwritten(sealed, steps):
+    with Ends(sealed=sealed) as ends:
         unread: list[tuple[Placement, list[torch.Tensor]]] = []
         for number, counts in enumerate(steps):
             if counts is None:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,7 +46,8 @@ class SharedLink:
         self._max_area_bytes = MAX_SNAPSHOTS * max_snapshot_bytes
         self._counts = counts
         self._lock = threading.Lock()
-        self._tried = self._closed = False
+        self._closed = False
+        self._kinds = [True, False]  # sealed ones are faster, but not seen everywhere
         self._region: OwnRegion | None = None
         self._arena: Arena | None = None  # once the region is accepted
         self._in_flight: dict[int, Snapshot] = {}
@@ -63,34 +65,23 @@ class SharedLink:
     # ---------------------------------------------------------------- sender
 
     def offer(self, snapshot: Snapshot) -> Iterator[bytes]:
-        """Make a region for snapshots such as this one, the first time.
+        """Make a region for snapshots such as this one, if there is none.
 
         Yields:
-            The frame that offers it, if there is one.
+            The frame that offers it: at most one of each kind in all.
         """
-        nbytes = payload_nbytes(snapshot.header.tensors)
-        with self._lock:
-            if self._tried or self._closed or not nbytes:
+        while self._kinds and self._region is None and not self._closed:
+            if not payload_nbytes(snapshot.header.tensors):
                 return
-            self._tried = True
-        up_nbytes = (self._spec.versions_in_flight + 1) * nbytes
-        down_nbytes = _VERSION_SETS * _versions_nbytes(self._spec, snapshot)
-        try:
-            region = OwnRegion(
-                self.token,
-                min(up_nbytes, self._max_area_bytes),
-                min(down_nbytes, self._max_area_bytes),
-            )
-        except OSError as error:
-            logger.debug("No memory is shared: %s. Tensors go inline.", error)
-            return
-        region.offer.session_id = self._session_id
-        with self._lock:
-            if self._closed:
-                region.discard()
-                return
-            self._region = region
-        yield encode_region(region.offer.SerializeToString())
+            region = self._make(snapshot, sealed=self._kinds.pop(0))
+            if region is None:
+                continue
+            with self._lock:
+                if self._closed:
+                    region.discard()
+                    return
+                self._region = region
+            yield encode_region(region.offer.SerializeToString())
 
     def place(self, snapshot: Snapshot) -> Snapshot:
         """Copy to shared memory what is not there, as far as there is room.
@@ -176,11 +167,31 @@ class SharedLink:
         if self._region is not None:
             self._region.discard()
 
+    def _make(self, snapshot: Snapshot, *, sealed: bool) -> OwnRegion | None:
+        nbytes = payload_nbytes(snapshot.header.tensors)
+        up_nbytes = (self._spec.versions_in_flight + 1) * nbytes
+        down_nbytes = _VERSION_SETS * _versions_nbytes(self._spec, snapshot)
+        try:
+            region = OwnRegion(
+                self.token,
+                min(up_nbytes, self._max_area_bytes),
+                min(down_nbytes, self._max_area_bytes),
+                sealed=sealed,
+            )
+        except OSError as error:
+            logger.debug("No memory is shared: %s.", error)
+            return None
+        region.offer.session_id = self._session_id
+        return region
+
     def _placed(self, tensor: Tensor) -> Tensor:
         if self.locate(tensor) is not None:
             return tensor
         copy = self.empty(tuple(tensor.shape), tensor.dtype)
-        return tensor if copy is None else copy.copy_(tensor)
+        if copy is None:
+            return tensor
+        np.copyto(copy.numpy(), tensor.numpy())  # torch would take threads of its own
+        return copy
 
 
 def _versions_nbytes(spec: SessionSpec, snapshot: Snapshot) -> int:

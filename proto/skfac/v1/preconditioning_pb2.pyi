@@ -499,16 +499,15 @@ Global___SnapshotManifest: _TypeAlias = SnapshotManifest  # noqa: Y015
 
 @_typing.final
 class SharedRegion(_message.Message):
-    """A file that the client has made in /dev/shm, of no more than its user's rights, and
-    filled with pages: one page of header, the up area and the down area, each rounded up
-    to pages of 4096 bytes. The header begins with the token. Its bytes 64 to 71 are, in
-    little-endian order, up to which `shared_end` the client has copied what was in the
-    down area, and bytes 72 to 79 are the same number with all bits inverted; a number
-    that cannot be is ignored.
+    """A file that the client has made, that only its user may open, and that is filled with
+    pages: one page of header, the up area and the down area, each rounded up to pages of
+    4096 bytes. The header begins with the token. Its bytes 64 to 71 are, in little-endian
+    order, up to which `shared_end` the client has copied what was in the down area, and
+    bytes 72 to 79 are the same number with all bits inverted; a number that cannot be is
+    ignored.
 
     The client writes rows to the up area and leaves them there until the snapshot is
     answered. The server writes inverses to the down area and says where they are. The
-    server unlinks the file once it has opened it, the client once it has an answer. The
     memory is that of one connection: it ends with the stream that it was offered on.
     """
 
@@ -522,7 +521,10 @@ class SharedRegion(_message.Message):
     session_id: _builtins.str
     """As OpenSession gave it."""
     name: _builtins.str
-    """"skfac-" and 32 hexadecimal digits."""
+    """"PID/fd/NUMBER": a file in /proc made by memfd_create("skfac"), with the seals
+    SHRINK, GROW and SEAL. Or "skfac-" and 32 hexadecimal digits: one in /dev/shm, which
+    the server unlinks once it has opened it, and the client once it has an answer.
+    """
     token: _builtins.bytes
     """16 random bytes that name the connection."""
     up_nbytes: _builtins.int
@@ -570,7 +572,7 @@ class PushSnapshotsRequest(_message.Message):
     @_builtins.property
     def region(self) -> Global___SharedRegion:
         """Shared memory for what follows on this stream, in a frame of its own that belongs to
-        no snapshot; once a stream.
+        no snapshot; until one is accepted.
         """
 
     def __init__(

@@ -1,19 +1,23 @@
 """Memory that a trainer and a server on one host share for one connection.
 
-The trainer makes a file in /dev/shm and offers it by name; the server opens and unlinks
-it. It has three parts, each at the beginning of a page:
+The trainer makes a file and offers it by name. It is a sealed one without a name in
+any folder, which the server opens in /proc and which nobody can cut; or, if the server
+does not see the trainer's process, one in /dev/shm, which the server unlinks once it is
+open. It has three parts, each at the beginning of a page:
 
     header   16 bytes that whoever offers the file must know; at byte 64 how far the
              trainer has read the down area, and at byte 72 the same inverted
     up       rows, written by the trainer wherever it likes
     down     versions, written by the server round and round (see `ring`)
 
-Neither end believes the other: all offsets are checked, and only the trainer maps the
-file. The server copies by `preadv` and `pwritev`, so that a file that is cut short is
-an error and not a signal, and what it has copied can change no more.
+Neither end believes the other, and all offsets are checked. The server copies by
+`preadv` and `pwritev`, so that a file that is cut short is an error and not a signal,
+and what it has copied can change no more. Only the down area of a sealed file is
+mapped: `pwritev` takes twice as long as writing to it.
 """
 
 import errno
+import fcntl
 import hmac
 import mmap
 import os
@@ -26,13 +30,19 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from skfac.v1 import preconditioning_pb2 as pb
 from skfac.wire.errors import InvalidRequestError
 from skfac.wire.snapshot import ALIGNMENT, TensorHeader
 
 FOLDER = Path("/dev/shm")  # noqa: S108  # files are made with O_EXCL and O_NOFOLLOW
-"""Where regions are made."""
+"""Where regions with a name are made."""
+
+PROCESSES = Path("/proc")
+"""Where those without are found."""
 
 TOKEN_BYTES = 16
 """Length of what is known only to the two ends of a region."""
@@ -40,14 +50,16 @@ TOKEN_BYTES = 16
 MAX_SNAPSHOTS = 4
 """An area is at most so many times as large as a snapshot may be."""
 
-_NAME = re.compile(r"skfac-[0-9a-f]{32}")
+_NAMED = re.compile(r"skfac-[0-9a-f]{32}")
+_SEALED = re.compile(r"[1-9][0-9]{0,9}/fd/[0-9]{1,9}")
+_LINK = "/memfd:skfac"  # what the latter are links to
 _PAGE_BYTES = 4096
 _CONSUMED_AT = 64
 _COUNTER_MASK = 2**64 - 1
 _MOST_VIEWS = 1024  # that one call takes, which is Linux's IOV_MAX
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Area:
     """One direction of a region.
 
@@ -116,6 +128,29 @@ class Area:
                 rest[0] = rest[0][count:]
 
 
+@dataclass(frozen=True, eq=False)
+class MappedArea(Area):
+    """An area of a file that nobody can cut.
+
+    Attributes:
+        memory: All of it.
+    """
+
+    memory: "np.ndarray[Any, np.dtype[np.uint8]]"
+
+    def read(self, offset: int, view: memoryview) -> None:
+        """Fill a view with what is there."""
+        source = self.memory[offset : offset + len(view)]
+        np.copyto(np.frombuffer(view, np.uint8), source)  # releases the GIL
+
+    def write(self, offset: int, views: Sequence[memoryview]) -> None:
+        """Write views one after the other; the caller has checked that they fit."""
+        for view in views:
+            target = self.memory[offset : offset + len(view)]
+            np.copyto(target, np.frombuffer(view, np.uint8))
+            offset += len(view)
+
+
 class Region:
     """The file, its two areas and the counter in its header.
 
@@ -130,6 +165,18 @@ class Region:
         self.down = Area(fd, _PAGE_BYTES + _whole_pages(up_nbytes), down_nbytes)
         self.close = weakref.finalize(self, os.close, fd)
         """Close the file; what is mapped of it stays. Idempotent."""
+
+    def map_down(self) -> None:
+        """Read and write the down area through a mapping: only if it cannot be cut.
+
+        Raises:
+            OSError: If it cannot be mapped.
+        """
+        area = self.down
+        if area.nbytes:
+            mapped = mmap.mmap(self._fd, area.nbytes, offset=area.begin)
+            memory = np.frombuffer(mapped, np.uint8)
+            self.down = MappedArea(area.fd, area.begin, area.nbytes, memory)
 
     def read_consumed(self) -> int | None:
         """Read how far the trainer says that it has read the down area.
@@ -155,6 +202,12 @@ class Region:
 class OwnRegion(Region):
     """A region as its trainer has it.
 
+    Args:
+        token: What the server will find in it.
+        up_nbytes: Of the up area.
+        down_nbytes: Of the down area.
+        sealed: Whether it has no name and cannot be cut.
+
     Attributes:
         offer: What the server needs to know; the session is left to be filled in.
         up_map: The up area, mapped.
@@ -163,26 +216,29 @@ class OwnRegion(Region):
         OSError: If there is no room for it, or no shared memory at all.
     """
 
-    def __init__(self, token: bytes, up_nbytes: int, down_nbytes: int) -> None:
-        if sys.byteorder != "little" or not hasattr(os, "posix_fallocate"):
+    def __init__(
+        self, token: bytes, up_nbytes: int, down_nbytes: int, *, sealed: bool
+    ) -> None:
+        if sys.byteorder != "little" or sys.platform != "linux":
             raise OSError(errno.ENOTSUP, "This platform's memory is not shared")
-        name = f"skfac-{secrets.token_hex(16)}"
+        nbytes = region_nbytes(up_nbytes, down_nbytes)
+        _check_room(nbytes, sealed=sealed)
+        fd, name = _sealable() if sealed else _named()
+        super().__init__(fd, up_nbytes, down_nbytes)
+        path = None if sealed else FOLDER / name
+        self.unlink = weakref.finalize(self, _unlink, path, os.getpid())
+        """Remove the name, also when the process ends by itself; idempotent."""
         self.offer = pb.SharedRegion(
             token=token, name=name, up_nbytes=up_nbytes, down_nbytes=down_nbytes
         )
-        path = FOLDER / name
-        nbytes = region_nbytes(up_nbytes, down_nbytes)
-        _check_room(nbytes)
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(path, flags, 0o600)
-        self.unlink = weakref.finalize(self, _unlink, path, os.getpid())
-        """Remove the name, also when the process ends by itself; idempotent."""
-        super().__init__(fd, up_nbytes, down_nbytes)
         try:
-            # Else the first write to a page that /dev/shm has no room for is a SIGBUS.
+            # Else the first write to a page that there is no room for is a SIGBUS.
             os.posix_fallocate(fd, 0, nbytes)
             os.pwrite(fd, token, 0)
             self.write_consumed(0)
+            if sealed:
+                fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _seals())
+                self.map_down()
             mapped = mmap.mmap(fd, _PAGE_BYTES + up_nbytes)
         except BaseException:
             self.discard()
@@ -196,7 +252,7 @@ class OwnRegion(Region):
 
 
 def open_region(offer: pb.SharedRegion, max_area_bytes: int) -> Region:
-    """Open and unlink the region that a trainer offers.
+    """Open the region that a trainer offers, and unlink it.
 
     Returns:
         The region.
@@ -206,21 +262,19 @@ def open_region(offer: pb.SharedRegion, max_area_bytes: int) -> Region:
     """
     if max(offer.up_nbytes, offer.down_nbytes) > max_area_bytes:
         raise OSError(errno.EFBIG, f"An area is over {max_area_bytes} bytes")
-    if not _NAME.fullmatch(offer.name) or len(offer.token) != TOKEN_BYTES:
+    named = _NAMED.fullmatch(offer.name) is not None
+    if len(offer.token) != TOKEN_BYTES or not (named or _SEALED.fullmatch(offer.name)):
         raise OSError(errno.EINVAL, "The name or the token has the wrong form")
-    path = FOLDER / offer.name
-    # Without O_NONBLOCK a FIFO would be waited for.
-    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-    fd = os.open(path, flags)
+    fd = _open_named(offer.name) if named else _open_sealed(offer.name)
     region = Region(fd, offer.up_nbytes, offer.down_nbytes)
     try:
-        found = os.fstat(fd)
-        nbytes = region_nbytes(offer.up_nbytes, offer.down_nbytes)
-        if not stat.S_ISREG(found.st_mode) or found.st_size != nbytes:
-            raise OSError(errno.EINVAL, f"It is no file of {nbytes} bytes")
-        if not hmac.compare_digest(os.pread(fd, TOKEN_BYTES, 0), offer.token):
-            raise OSError(errno.EACCES, "The token is another")
-        path.unlink(missing_ok=True)
+        _check_file(fd, offer)
+        if named:
+            (FOLDER / offer.name).unlink(missing_ok=True)
+        elif fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _seals() == _seals():
+            region.map_down()
+        else:
+            raise OSError(errno.EPERM, "The file without a name is not sealed")
     except BaseException:
         region.close()
         raise
@@ -240,15 +294,69 @@ def _whole_pages(nbytes: int) -> int:
     return -(-nbytes // _PAGE_BYTES) * _PAGE_BYTES
 
 
-def _check_room(nbytes: int) -> None:
+def _named() -> tuple[int, str]:
+    name = f"skfac-{secrets.token_hex(16)}"
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.open(FOLDER / name, flags, 0o600), name
+
+
+def _sealable() -> tuple[int, str]:
+    fd = os.memfd_create("skfac", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    return fd, f"{os.getpid()}/fd/{fd}"
+
+
+def _open_named(name: str) -> int:
+    # Without O_NONBLOCK a FIFO would be waited for.
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    return os.open(FOLDER / name, flags)
+
+
+def _open_sealed(name: str) -> int:
+    path = PROCESSES / name
+    # Looked at before it is opened: opening a device may do something.
+    if not str(path.readlink()).startswith(_LINK):
+        raise OSError(errno.EINVAL, "It is no region")
+    return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+
+
+def _check_file(fd: int, offer: pb.SharedRegion) -> None:
+    found = os.fstat(fd)
+    nbytes = region_nbytes(offer.up_nbytes, offer.down_nbytes)
+    if not stat.S_ISREG(found.st_mode) or found.st_size != nbytes:
+        raise OSError(errno.EINVAL, f"It is no file of {nbytes} bytes")
+    if not hmac.compare_digest(os.pread(fd, TOKEN_BYTES, 0), offer.token):
+        raise OSError(errno.EACCES, "The token is another")
+
+
+def _seals() -> int:
+    # Looked up late: not all platforms have them.
+    return fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+def _check_room(nbytes: int, *, sealed: bool) -> None:
     # The other half is left to others: this is an optimization and no need.
-    found = os.statvfs(FOLDER)
-    free = found.f_bavail * found.f_frsize
+    if sealed:
+        free = _available_bytes()
+    else:
+        found = os.statvfs(FOLDER)
+        free = found.f_bavail * found.f_frsize
     if nbytes > free // 2:
-        raise OSError(errno.ENOSPC, f"{free} bytes are free in {FOLDER}")
+        raise OSError(errno.ENOSPC, f"{free} bytes are free")
 
 
-def _unlink(path: Path, owner: int) -> None:
-    if os.getpid() == owner:  # a forked child has no part in it
+def _available_bytes() -> int:
+    lines = (PROCESSES / "meminfo").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith("MemAvailable:"))
+    available = 1024 * int(line.split()[1])
+    with suppress(OSError, ValueError):  # "max", or no group with a limit
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        available = min(available, limit - used)
+    return available
+
+
+def _unlink(path: Path | None, owner: int) -> None:
+    if path is not None and os.getpid() == owner:  # not of a forked child
         with suppress(OSError):
             path.unlink()
