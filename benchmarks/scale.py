@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.speed.memory import peak_bytes, reset_peak, resident_bytes
 from benchmarks.speed.shapes import ARCHITECTURES, layers_of
 from skfac.curvature.settings import CurvatureSettings
-from skfac.service.allocator import share_one_arena
+from skfac.wire.allocator import share_one_arena
 from skfac.service.assembler import Assembly
 from skfac.service.config import EngineConfig
 from skfac.service.local_engine import LocalEngine

@@ -5,6 +5,9 @@ import threading
 from collections import Counter
 from collections.abc import Mapping
 
+import torch
+from torch import Tensor
+
 from skfac.client.capture import PendingSnapshot
 from skfac.client.outbox import Outbox
 from skfac.client.store import Store
@@ -50,6 +53,14 @@ class EmbeddedTransport:
         """Take a snapshot and return at once."""
         for step in self._outbox.put(snapshot):
             self._store.lose(step, "superseded", "The sender did not keep up.")
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Make memory for rows: any will do.
+
+        Returns:
+            A tensor of any content.
+        """
+        return torch.empty(shape, dtype=dtype)
 
     def export_state(self, timeout_s: float) -> SessionState | None:
         """Copy what the engine keeps of earlier updates; it takes no time.

@@ -8,12 +8,16 @@ from typing import Any, TypeVar
 
 import grpc
 import tenacity
+import torch
+from torch import Tensor
 
 from skfac.client.capture import PendingSnapshot
 from skfac.client.outbox import Outbox
+from skfac.client.shared_link import SharedLink
 from skfac.client.store import Store
 from skfac.v1 import preconditioning_pb2 as pb
 from skfac.v1 import preconditioning_pb2_grpc as rpc
+from skfac.wire.allocator import keep_large_blocks
 from skfac.wire.channel import CLIENT_OPTIONS, SERVICE
 from skfac.wire.codec import (
     build_outcomes,
@@ -29,7 +33,7 @@ from skfac.wire.errors import (
     SessionNotFoundError,
     error_of,
 )
-from skfac.wire.frames import PayloadBuffer, decode_frame
+from skfac.wire.frames import decode_frame
 from skfac.wire.session import SessionSpec
 from skfac.wire.state import SessionState
 from skfac.wire.state_codec import StateReceiver, encode_state
@@ -52,7 +56,8 @@ class GrpcTransport:
     One thread keeps the connection: it opens the session, reads the answers to pushed
     snapshots, and starts over when a stream breaks. A second one receives outcomes.
     What has no outcome is sent again on each new connection; the server knows rows
-    that it has already.
+    that it has already. Tensors go through shared memory where the server can open it,
+    and otherwise in frames; each connection finds out anew.
     """
 
     def __init__(self, target: str, spec: SessionSpec, store: Store) -> None:
@@ -63,6 +68,7 @@ class GrpcTransport:
         self._closed = threading.Event()
         self._calls: list[Any] = []
         self._connection: tuple[grpc.Channel, str] | None = None  # and the session
+        self._shared: SharedLink | None = None  # of the connection
         self._counts: Counter[str] = Counter()
         self._thread = threading.Thread(
             target=self._run, name="skfac-link", daemon=True
@@ -73,6 +79,16 @@ class GrpcTransport:
         """Take a snapshot and return at once."""
         for step in self._outbox.put(snapshot):
             self._store.lose(step, "superseded", "The sender did not keep up.")
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Make memory for rows, where they can be sent from without a copy.
+
+        Returns:
+            A tensor of any content.
+        """
+        shared = self._shared
+        found = None if shared is None else shared.empty(shape, dtype)
+        return torch.empty(shape, dtype=dtype) if found is None else found
 
     def export_state(self, timeout_s: float) -> SessionState | None:
         """Copy what the server keeps of earlier updates.
@@ -113,7 +129,9 @@ class GrpcTransport:
         """Count what went over it.
 
         Returns:
-            `connects`, `disconnects`, `sent_bytes` and `received_bytes`.
+            `connects`, `disconnects`; `sent_bytes` and `received_bytes` of frames, and
+            `shared_sent_bytes` and `shared_received_bytes` of tensors that were in
+            shared memory instead.
         """
         return dict(self._counts)
 
@@ -149,6 +167,7 @@ class GrpcTransport:
             before_sleep=self._log_first_failure,
             reraise=True,
         )
+        keep_large_blocks()
         with self._store.guard():
             while not self._closed.is_set():
                 try:
@@ -170,13 +189,19 @@ class GrpcTransport:
         # Raises only if no connection came about, so that each outage starts with the
         # shortest pause. A channel of its own each time: an old one backs off longer.
         with grpc.insecure_channel(self._target, CLIENT_OPTIONS) as channel:
-            session_id = self._open(channel)
+            grant = self._open(channel)
+            session_id = grant.session_id
             self._counts["connects"] += 1
             self._connection = channel, session_id
             self._store.set_link(up=True)
             logger.info("Connected to %s.", self._target)
-            error = self._serve(channel, session_id)
-            self._connection = None
+            shared = SharedLink(
+                self._spec, session_id, grant.max_snapshot_bytes, self._counts
+            )
+            self._shared = shared
+            error = self._serve(channel, session_id, shared)
+            self._connection = self._shared = None
+            shared.close()
             self._store.set_link(up=False)
             if self._closed.is_set():
                 self._say_goodbye(channel, session_id)
@@ -189,7 +214,7 @@ class GrpcTransport:
                 self._spec.on_late,
             )
 
-    def _open(self, channel: grpc.Channel) -> str:
+    def _open(self, channel: grpc.Channel) -> pb.OpenSessionResponse:
         request = pb.OpenSessionRequest(spec=encode_session(self._spec), rank=0)
         try:
             stub = rpc.PreconditioningServiceStub(channel)
@@ -200,7 +225,7 @@ class GrpcTransport:
                 # It had room for this trainer before: it may have again.
                 raise ServerUnavailableError(str(refusal)) from None
             raise refusal from None
-        return answer.session_id
+        return answer
 
     def _say_goodbye(self, channel: grpc.Channel, session_id: str) -> None:
         request = pb.CloseSessionRequest(session_id=session_id, rank=0)
@@ -210,7 +235,7 @@ class GrpcTransport:
         except grpc.RpcError as error:
             logger.debug("The session was not closed: %s", error)
 
-    def _serve(self, channel: grpc.Channel, session_id: str) -> str:
+    def _serve(self, channel: grpc.Channel, session_id: str, shared: SharedLink) -> str:
         """Run both streams until one of them breaks.
 
         Returns:
@@ -218,20 +243,20 @@ class GrpcTransport:
         """
         stop = threading.Event()
         errors: list[str] = []
-        acks, outcomes = self._start_streams(channel, session_id, stop)
+        acks, outcomes = self._start_streams(channel, session_id, shared, stop)
         self._calls = [acks, outcomes]
         if self._closed.is_set():
             acks.cancel()
 
         def receive() -> None:
             try:
-                _run_stream(lambda: self._receive(outcomes), errors)
+                _run_stream(lambda: self._receive(outcomes, shared), errors)
             finally:
                 acks.cancel()
 
         receiver = threading.Thread(target=receive, name="skfac-receive", daemon=True)
         receiver.start()
-        _run_stream(lambda: self._read_acks(acks), errors)
+        _run_stream(lambda: self._read_acks(acks, shared), errors)
         outcomes.cancel()
         stop.set()
         self._outbox.wake()
@@ -242,7 +267,11 @@ class GrpcTransport:
     # ---------------------------------------------------------------- the streams
 
     def _start_streams(
-        self, channel: grpc.Channel, session_id: str, stop: threading.Event
+        self,
+        channel: grpc.Channel,
+        session_id: str,
+        shared: SharedLink,
+        stop: threading.Event,
     ) -> tuple[Any, Any]:
         # By path, not by stub: frames pass as plain bytes.
         push: grpc.StreamStreamMultiCallable[bytes, pb.PushSnapshotsResponse]
@@ -256,39 +285,53 @@ class GrpcTransport:
             pb.StreamPreconditionersRequest.SerializeToString,
         )
         return (
-            push(self._frames(session_id, stop), timeout=_STREAM_TIMEOUT_S),
-            fetch(self._subscription(session_id), timeout=_STREAM_TIMEOUT_S),
+            push(self._frames(session_id, shared, stop), timeout=_STREAM_TIMEOUT_S),
+            fetch(self._subscription(session_id, shared), timeout=_STREAM_TIMEOUT_S),
         )
 
-    def _frames(self, session_id: str, stop: threading.Event) -> Iterator[bytes]:
+    def _frames(
+        self, session_id: str, shared: SharedLink, stop: threading.Event
+    ) -> Iterator[bytes]:
         step = -1
         while (snapshot := self._outbox.next_after(step, stop)) is not None:
             step = snapshot.step
-            for frame in encode_snapshot(session_id, snapshot):
+            placed = shared.place(snapshot)
+            for frame in encode_snapshot(session_id, placed, shared.locate):
                 self._counts["sent_bytes"] += len(frame)
                 yield frame
+            yield from shared.offer(snapshot)
 
-    def _read_acks(self, acks: Iterator[pb.PushSnapshotsResponse]) -> None:
+    def _read_acks(
+        self, acks: Iterator[pb.PushSnapshotsResponse], shared: SharedLink
+    ) -> None:
         for ack in acks:
+            if ack.HasField("region_accepted"):
+                shared.answer(accepted=ack.region_accepted)
+                continue
+            shared.settle(ack.step)
             if ack.HasField("refusal"):
                 self._outbox.discard(ack.step)
                 self._store.lose(ack.step, "refused", ack.refusal.message)
 
-    def _subscription(self, session_id: str) -> pb.StreamPreconditionersRequest:
+    def _subscription(
+        self, session_id: str, shared: SharedLink
+    ) -> pb.StreamPreconditionersRequest:
         held = (
             pb.HeldVersion(layer=layer, step=step)
             for layer, step in self._store.newest().items()
         )
-        return pb.StreamPreconditionersRequest(session_id=session_id, held=held)
+        return pb.StreamPreconditionersRequest(
+            session_id=session_id, held=held, token=shared.token
+        )
 
-    def _receive(self, frames: Iterator[bytes]) -> None:
+    def _receive(self, frames: Iterator[bytes], shared: SharedLink) -> None:
         message, buffer = None, None
         for data in frames:
             self._counts["received_bytes"] += len(data)
             frame = decode_frame(data)
             if frame.manifest is not None:
                 message, headers = decode_outcomes_manifest(frame.manifest)
-                buffer = PayloadBuffer(headers)
+                buffer = shared.receive(headers, message.shared_end)
             if message is None or buffer is None:
                 raise InvalidRequestError("A payload came without a manifest.")
             buffer.write(frame.payload)

@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from typing import Protocol
 
+import torch
+from torch import Tensor
+
 from skfac.client.capture import PendingSnapshot
 from skfac.client.config import check_target
 from skfac.client.store import Store
@@ -19,6 +22,13 @@ class Transport(Protocol):
 
     def push(self, snapshot: PendingSnapshot) -> None:
         """Take a snapshot and return at once."""
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Make memory for rows, where they can be sent from without a copy.
+
+        Returns:
+            A CPU tensor of any content.
+        """
 
     def export_state(self, timeout_s: float) -> SessionState | None:
         """Copy what the server keeps of earlier updates.

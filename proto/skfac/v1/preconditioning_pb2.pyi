@@ -20,6 +20,10 @@ Typical sequence of one rank:
   ExportState             for a checkpoint
   CloseSession
 
+Tensors go one of two ways, and nobody chooses: as bytes in frames, or, if the server
+can open the shared memory that the client offers on PushSnapshots, through that. Then
+a manifest is the whole message. The two ways may be mixed within one manifest.
+
 Statuses, and what to do: UNAVAILABLE, CANCELLED, DEADLINE_EXCEEDED: reconnect and
 resend what has no outcome yet. NOT_FOUND: the session is gone; open it again.
 FAILED_PRECONDITION: this rank or state contradicts the session; do not retry.
@@ -137,16 +141,23 @@ Global___OnLate: _TypeAlias = OnLate  # noqa: Y015
 
 @_typing.final
 class TensorHeader(_message.Message):
-    """Where a tensor of the payload is: each starts at the next multiple of 64 bytes after
-    the one before it, in the order the manifest names them. Little-endian, row-major.
+    """A tensor, in the payload if not said otherwise: each starts at the next multiple of 64
+    bytes after the one before it, in the order the manifest names them. Little-endian,
+    row-major.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     DTYPE_FIELD_NUMBER: _builtins.int
     SHAPE_FIELD_NUMBER: _builtins.int
+    SHARED_OFFSET_FIELD_NUMBER: _builtins.int
     dtype: Global___DType.ValueType
     """Of all elements."""
+    shared_offset: _builtins.int
+    """Where the tensor begins in the sender's area of the shared memory, a multiple of 64;
+    then it is not in the payload. Only in snapshots and outcomes, INVALID_ARGUMENT
+    elsewhere, outside of the area and where the connection has no shared memory.
+    """
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Outermost first. Any extent may be 0."""
@@ -156,12 +167,15 @@ class TensorHeader(_message.Message):
         *,
         dtype: Global___DType.ValueType = ...,
         shape: _abc.Iterable[_builtins.int] | None = ...,
+        shared_offset: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_shared_offset", b"_shared_offset", "shared_offset", b"shared_offset"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "shape", b"shape"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_shared_offset", b"_shared_offset", "dtype", b"dtype", "shape", b"shape", "shared_offset", b"shared_offset"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__shared_offset: _TypeAlias = _typing.Literal["shared_offset"]  # noqa: Y015
+    _WhichOneofArgType__shared_offset: _TypeAlias = _typing.Literal["_shared_offset", b"_shared_offset"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__shared_offset) -> _WhichOneofReturnType__shared_offset | None: ...
 
 Global___TensorHeader: _TypeAlias = TensorHeader  # noqa: Y015
 
@@ -484,6 +498,57 @@ class SnapshotManifest(_message.Message):
 Global___SnapshotManifest: _TypeAlias = SnapshotManifest  # noqa: Y015
 
 @_typing.final
+class SharedRegion(_message.Message):
+    """A file that the client has made, that only its user may open, and that is filled with
+    pages: one page of header, the up area and the down area, each rounded up to pages of
+    4096 bytes. The header begins with the token. Its bytes 64 to 71 are, in little-endian
+    order, up to which `shared_end` the client has copied what was in the down area, and
+    bytes 72 to 79 are the same number with all bits inverted; a number that cannot be is
+    ignored.
+
+    The client writes rows to the up area and leaves them there until the snapshot is
+    answered. The server writes inverses to the down area and says where they are. The
+    memory is that of one connection: it ends with the stream that it was offered on.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    UP_NBYTES_FIELD_NUMBER: _builtins.int
+    DOWN_NBYTES_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """As OpenSession gave it."""
+    name: _builtins.str
+    """"PID/fd/NUMBER": a file in /proc made by memfd_create("skfac"), with the seals
+    SHRINK, GROW and SEAL. Or "skfac-" and 32 hexadecimal digits: one in /dev/shm, which
+    the server unlinks once it has opened it, and the client once it has an answer.
+    """
+    token: _builtins.bytes
+    """16 random bytes that name the connection."""
+    up_nbytes: _builtins.int
+    """At most 4 max_snapshot_bytes, as is the next."""
+    down_nbytes: _builtins.int
+    """Of the area that the server writes to."""
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        token: _builtins.bytes = ...,
+        up_nbytes: _builtins.int = ...,
+        down_nbytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["down_nbytes", b"down_nbytes", "name", b"name", "session_id", b"session_id", "token", b"token", "up_nbytes", b"up_nbytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SharedRegion: _TypeAlias = SharedRegion  # noqa: Y015
+
+@_typing.final
 class PushSnapshotsRequest(_message.Message):
     """One frame. A frame with a manifest begins a snapshot; frames without one continue
     the payload until as many bytes are there as the manifest declares. At most 4 MiB
@@ -495,6 +560,7 @@ class PushSnapshotsRequest(_message.Message):
     MANIFEST_FIELD_NUMBER: _builtins.int
     CHECKSUM_FIELD_NUMBER: _builtins.int
     PAYLOAD_FIELD_NUMBER: _builtins.int
+    REGION_FIELD_NUMBER: _builtins.int
     checksum: _builtins.int
     """XXH3-64 of this frame's payload."""
     payload: _builtins.bytes
@@ -503,16 +569,23 @@ class PushSnapshotsRequest(_message.Message):
     def manifest(self) -> Global___SnapshotManifest:
         """In the first frame of a snapshot only."""
 
+    @_builtins.property
+    def region(self) -> Global___SharedRegion:
+        """Shared memory for what follows on this stream, in a frame of its own that belongs to
+        no snapshot; until one is accepted.
+        """
+
     def __init__(
         self,
         *,
         manifest: Global___SnapshotManifest | None = ...,
         checksum: _builtins.int = ...,
         payload: _builtins.bytes = ...,
+        region: Global___SharedRegion | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest", "region", b"region"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "manifest", b"manifest", "payload", b"payload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "manifest", b"manifest", "payload", b"payload", "region", b"region"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -549,10 +622,15 @@ class PushSnapshotsResponse(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     DUPLICATE_FIELD_NUMBER: _builtins.int
     REFUSAL_FIELD_NUMBER: _builtins.int
+    REGION_ACCEPTED_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """Of the snapshot that is answered."""
     duplicate: _builtins.bool
     """All rows of it were there already."""
+    region_accepted: _builtins.bool
+    """Answers a region and no snapshot: whether the server has opened it. If not, all goes
+    in frames; there is nothing to be done about it. An older server does not answer.
+    """
     @_builtins.property
     def refusal(self) -> Global___Refusal:
         """Set if the snapshot was refused; nothing of it was kept."""
@@ -563,12 +641,15 @@ class PushSnapshotsResponse(_message.Message):
         step: _builtins.int = ...,
         duplicate: _builtins.bool = ...,
         refusal: Global___Refusal | None = ...,
+        region_accepted: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["refusal", b"refusal"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_region_accepted", b"_region_accepted", "refusal", b"refusal", "region_accepted", b"region_accepted"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["duplicate", b"duplicate", "refusal", b"refusal", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_region_accepted", b"_region_accepted", "duplicate", b"duplicate", "refusal", b"refusal", "region_accepted", b"region_accepted", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__region_accepted: _TypeAlias = _typing.Literal["region_accepted"]  # noqa: Y015
+    _WhichOneofArgType__region_accepted: _TypeAlias = _typing.Literal["_region_accepted", b"_region_accepted"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__region_accepted) -> _WhichOneofReturnType__region_accepted | None: ...
 
 Global___PushSnapshotsResponse: _TypeAlias = PushSnapshotsResponse  # noqa: Y015
 
@@ -603,10 +684,15 @@ class StreamPreconditionersRequest(_message.Message):
     SESSION_ID_FIELD_NUMBER: _builtins.int
     RANK_FIELD_NUMBER: _builtins.int
     HELD_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """As OpenSession gave it."""
     rank: _builtins.int
     """Who receives."""
+    token: _builtins.bytes
+    """The token of the region that this connection may offer on PushSnapshots: outcomes
+    go there as soon as there is one. Empty: never.
+    """
     @_builtins.property
     def held(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldVersion]:
         """Newest version per layer; absent means none."""
@@ -617,10 +703,11 @@ class StreamPreconditionersRequest(_message.Message):
         session_id: _builtins.str = ...,
         rank: _builtins.int = ...,
         held: _abc.Iterable[Global___HeldVersion] | None = ...,
+        token: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["held", b"held", "rank", b"rank", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["held", b"held", "rank", b"rank", "session_id", b"session_id", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -792,6 +879,11 @@ class OutcomesManifest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     OUTCOMES_FIELD_NUMBER: _builtins.int
+    SHARED_END_FIELD_NUMBER: _builtins.int
+    shared_end: _builtins.int
+    """What the client writes to the header of the shared memory once it has copied all of
+    these from there; 0 if nothing is there.
+    """
     @_builtins.property
     def outcomes(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerOutcome]:
         """Payload order: as listed, activations first."""
@@ -800,10 +892,11 @@ class OutcomesManifest(_message.Message):
         self,
         *,
         outcomes: _abc.Iterable[Global___LayerOutcome] | None = ...,
+        shared_end: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["outcomes", b"outcomes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["outcomes", b"outcomes", "shared_end", b"shared_end"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -20,6 +20,10 @@ Typical sequence of one rank:
   ExportState             for a checkpoint
   CloseSession
 
+Tensors go one of two ways, and nobody chooses: as bytes in frames, or, if the server
+can open the shared memory that the client offers on PushSnapshots, through that. Then
+a manifest is the whole message. The two ways may be mixed within one manifest.
+
 Statuses, and what to do: UNAVAILABLE, CANCELLED, DEADLINE_EXCEEDED: reconnect and
 resend what has no outcome yet. NOT_FOUND: the session is gone; open it again.
 FAILED_PRECONDITION: this rank or state contradicts the session; do not retry.

@@ -1,6 +1,6 @@
 """Values <-> messages: sessions, snapshots and outcomes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
@@ -25,6 +25,7 @@ from skfac.wire.messages import (
     parse,
 )
 from skfac.wire.outcome import Loss, LossReason, Outcome, Version
+from skfac.wire.ring import Placement
 from skfac.wire.session import LayerSpec, OnLate, SessionSpec
 from skfac.wire.snapshot import (
     LayerRows,
@@ -59,6 +60,13 @@ _LOSS_REASONS: dict[str, LossReason] = {
 }
 
 _OUTCOMES_PER_MANIFEST = 256  # so that no manifest outgrows a frame
+_SHARED_BATCH_BYTES = 8 * 1024 * 1024  # one is read while the next is written
+
+Locate = Callable[[Tensor], int | None]
+"""Finds where a tensor is in shared memory; None if it must be in the payload."""
+
+Place = Callable[[Sequence[Tensor]], Placement | None]
+"""Writes tensors to shared memory; None if they must be in the payload."""
 
 
 # ------------------------------------------------------------------- sessions
@@ -119,12 +127,20 @@ def decode_session(message: pb.SessionSpec) -> SessionSpec:
 # ------------------------------------------------------------------- snapshots
 
 
-def encode_snapshot(session_id: str, snapshot: Snapshot) -> Iterator[bytes]:
+def encode_snapshot(
+    session_id: str, snapshot: Snapshot, locate: Locate = lambda _: None
+) -> Iterator[bytes]:
     """Write a snapshot as frames.
+
+    Args:
+        session_id: The session.
+        snapshot: The rows, on the CPU.
+        locate: Finds those that are in shared memory.
 
     Returns:
         The messages of `PushSnapshots`, made one at a time.
     """
+    offsets = [locate(tensor) for tensor in snapshot.tensors]
     manifest = pb.SnapshotManifest(
         session_id=session_id,
         rank=snapshot.rank,
@@ -133,13 +149,16 @@ def encode_snapshot(session_id: str, snapshot: Snapshot) -> Iterator[bytes]:
         layers=[
             pb.LayerRows(
                 layer=rows.layer,
-                activations=encode_header(rows.activations),
-                derivatives=encode_header(rows.derivatives),
+                activations=encode_header(rows.activations, of_activations),
+                derivatives=encode_header(rows.derivatives, of_derivatives),
             )
-            for rows in snapshot.layers
+            for rows, of_activations, of_derivatives in zip(
+                snapshot.layers, offsets[::2], offsets[1::2], strict=True
+            )
         ],
     )
-    return encode_frames(manifest.SerializeToString(), snapshot.tensors)
+    inline = _inline(snapshot.tensors, offsets)
+    return encode_frames(manifest.SerializeToString(), inline)
 
 
 def parse_snapshot_manifest(data: memoryview) -> pb.SnapshotManifest:
@@ -202,18 +221,28 @@ def build_snapshot(header: SnapshotHeader, tensors: Sequence[Tensor]) -> Snapsho
 # ------------------------------------------------------------------- outcomes
 
 
-def encode_outcomes(outcomes: Sequence[Outcome]) -> Iterator[bytes]:
+def encode_outcomes(
+    outcomes: Sequence[Outcome], place: Place | None = None
+) -> Iterator[bytes]:
     """Write outcomes as frames, small ones packed together.
+
+    Args:
+        outcomes: The outcomes.
+        place: Writes their tensors to shared memory, if there is one.
 
     Yields:
         The messages of `StreamPreconditioners`, made one at a time.
     """
-    for first in range(0, max(len(outcomes), 1), _OUTCOMES_PER_MANIFEST):
-        batch = outcomes[first : first + _OUTCOMES_PER_MANIFEST]
-        manifest = pb.OutcomesManifest(outcomes=map(_encode_outcome, batch))
-        versions = (o for o in batch if isinstance(o, Version))
-        tensors = (tensor for v in versions for tensor in v.preconditioner.tensors)
-        yield from encode_frames(manifest.SerializeToString(), tensors)
+    for batch in _batches(outcomes, _SHARED_BATCH_BYTES if place else None):
+        tensors = [tensor for outcome in batch for tensor in _tensors_of(outcome)]
+        placed = (place and place(tensors)) or Placement([None] * len(tensors), 0)
+        offsets = iter(placed.offsets)
+        manifest = pb.OutcomesManifest(
+            outcomes=[_encode_outcome(outcome, offsets) for outcome in batch],
+            shared_end=placed.end,
+        )
+        inline = _inline(tensors, placed.offsets)
+        yield from encode_frames(manifest.SerializeToString(), inline)
 
 
 def decode_outcomes_manifest(
@@ -263,13 +292,40 @@ def build_outcomes(
 # ------------------------------------------------------------------- pieces
 
 
-def _encode_outcome(outcome: Outcome) -> pb.LayerOutcome:
+def _inline(
+    tensors: Sequence[Tensor], offsets: Sequence[int | None]
+) -> Iterator[Tensor]:
+    pairs = zip(tensors, offsets, strict=True)
+    return (tensor for tensor, offset in pairs if offset is None)
+
+
+def _batches(
+    outcomes: Sequence[Outcome], max_bytes: int | None
+) -> Iterator[list[Outcome]]:
+    batch: list[Outcome] = []
+    nbytes = 0
+    for outcome in outcomes:
+        batch.append(outcome)
+        nbytes += sum(tensor.nbytes for tensor in _tensors_of(outcome))
+        full = max_bytes is not None and nbytes >= max_bytes
+        if full or len(batch) == _OUTCOMES_PER_MANIFEST:
+            yield batch
+            batch, nbytes = [], 0
+    if batch or not outcomes:
+        yield batch
+
+
+def _tensors_of(outcome: Outcome) -> Sequence[Tensor]:
+    return () if isinstance(outcome, Loss) else outcome.preconditioner.tensors
+
+
+def _encode_outcome(outcome: Outcome, offsets: Iterator[int | None]) -> pb.LayerOutcome:
     if isinstance(outcome, Loss):
         lost = pb.LostVersion(reason=outcome.reason, message=outcome.message)
         return pb.LayerOutcome(layer=outcome.layer, step=outcome.step, lost=lost)
     preconditioner = pb.LayerPreconditioner(
-        activations=_encode_inverse(outcome.preconditioner.activations),
-        derivatives=_encode_inverse(outcome.preconditioner.derivatives),
+        activations=_encode_inverse(outcome.preconditioner.activations, next(offsets)),
+        derivatives=_encode_inverse(outcome.preconditioner.derivatives, next(offsets)),
         rows=outcome.rows,
         ranks=outcome.ranks,
         updates=outcome.updates,
@@ -296,11 +352,10 @@ def _decode_outcome(message: pb.LayerOutcome, tensors: Iterator[Tensor]) -> Outc
     return Version(message.layer, message.step, preconditioner, *counts)
 
 
-def _encode_inverse(inverse: FactorInverse) -> pb.FactorInverse:
+def _encode_inverse(inverse: FactorInverse, offset: int | None) -> pb.FactorInverse:
     form = next(code for code, kind in _FORMS.items() if isinstance(inverse, kind))
-    return pb.FactorInverse(
-        form=form, damping=inverse.damping, matrix=encode_header(inverse.tensor)
-    )
+    matrix = encode_header(inverse.tensor, offset)
+    return pb.FactorInverse(form=form, damping=inverse.damping, matrix=matrix)
 
 
 def _decode_inverse(message: pb.FactorInverse, matrix: Tensor) -> FactorInverse:

@@ -18,6 +18,8 @@ DTYPES: "dict[pb.DType.ValueType, torch.dtype]" = {
 }
 """Types of the elements of tensors that can be sent."""
 
+_DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
 HISTORIES: "dict[pb.History.ValueType, History]" = {
     pb.HISTORY_SNAPSHOT: "snapshot",
     pb.HISTORY_WINDOW: "window",
@@ -47,8 +49,12 @@ def parse(kind: type[_M], data: memoryview) -> _M:
     return message
 
 
-def encode_header(tensor: Tensor) -> pb.TensorHeader:
-    """Describe a tensor of the payload.
+def encode_header(tensor: Tensor, shared_offset: int | None = None) -> pb.TensorHeader:
+    """Describe a tensor.
+
+    Args:
+        tensor: The tensor.
+        shared_offset: Where it is in shared memory; None if it is in the payload.
 
     Returns:
         Its header.
@@ -56,19 +62,24 @@ def encode_header(tensor: Tensor) -> pb.TensorHeader:
     Raises:
         InvalidRequestError: If the tensor is of a dtype that cannot be sent.
     """
-    return pb.TensorHeader(dtype=encode_dtype(tensor.dtype), shape=tensor.shape)
+    return pb.TensorHeader(
+        dtype=encode_dtype(tensor.dtype),
+        shape=tensor.shape,
+        shared_offset=shared_offset,
+    )
 
 
 def decode_header(message: pb.TensorHeader) -> TensorHeader:
     """Read the header of a tensor.
 
     Returns:
-        Its type and shape.
+        Its type and shape, and where it is.
 
     Raises:
         InvalidRequestError: If the dtype is unknown.
     """
-    return TensorHeader(decode_dtype(message.dtype), tuple(message.shape))
+    offset = message.shared_offset if message.HasField("shared_offset") else None
+    return TensorHeader(decode_dtype(message.dtype), tuple(message.shape), offset)
 
 
 def encode_dtype(dtype: torch.dtype) -> "pb.DType.ValueType":
@@ -80,9 +91,9 @@ def encode_dtype(dtype: torch.dtype) -> "pb.DType.ValueType":
     Raises:
         InvalidRequestError: If tensors of it cannot be sent.
     """
-    if dtype not in DTYPES.values():
+    if dtype not in _DTYPE_CODES:
         raise InvalidRequestError(f"Cannot send tensors of {dtype}.")
-    return code_of(DTYPES, dtype)
+    return _DTYPE_CODES[dtype]
 
 
 def decode_dtype(code: "pb.DType.ValueType") -> torch.dtype:

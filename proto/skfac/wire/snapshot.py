@@ -8,13 +8,23 @@ from torch import Tensor
 
 from skfac.curvature.settings import CurvatureSettings
 
+ALIGNMENT = 64
+"""Every tensor of a payload starts at a multiple of it, so that it is used in place."""
+
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """Type and shape of a tensor that may not be here yet."""
+    """What is declared of a tensor that may not be here yet.
+
+    Attributes:
+        dtype: Of its elements.
+        shape: Outermost extent first.
+        shared_offset: Where it begins in shared memory; None if it is in the payload.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
+    shared_offset: int | None = None
 
     @classmethod
     def of(cls, tensor: Tensor) -> "TensorHeader":
@@ -26,9 +36,19 @@ class TensorHeader:
         return cls(tensor.dtype, tuple(tensor.shape))
 
     @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the elements."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def padded_nbytes(self) -> int:
+        """Bytes up to where the next tensor of a payload begins."""
+        return padded(self.nbytes)
 
 
 @dataclass(frozen=True)
@@ -123,3 +143,12 @@ class Snapshot:
     def tensors(self) -> list[Tensor]:
         """All tensors in the order of the payload."""
         return [t for rows in self.layers for t in (rows.activations, rows.derivatives)]
+
+
+def padded(nbytes: int) -> int:
+    """Round up to the next multiple of the alignment.
+
+    Returns:
+        Bytes.
+    """
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT

@@ -158,9 +158,12 @@ def _decode_layer(message: pb.LayerState) -> LayerStateHeader:
 
 
 def _decode_moment(message: pb.Moment) -> MomentHeader:
+    tensor = decode_header(message.tensor)
+    if tensor.shared_offset is not None:
+        raise InvalidRequestError("Histories are not sent through shared memory.")
     return MomentHeader(
         form=meaning_of(_FORMS, message.form, "form"),
-        tensor=decode_header(message.tensor),
+        tensor=tensor,
         weight=message.weight,
         dropped=message.dropped,
     )

@@ -4,6 +4,7 @@ import time
 
 from skfac.service.engine import Engine
 from skfac.service.metrics import Metrics
+from skfac.service.regions import OpenRegion, Regions
 from skfac.v1 import preconditioning_pb2 as pb
 from skfac.wire.codec import (
     build_snapshot,
@@ -18,6 +19,9 @@ from skfac.wire.errors import (
     code_of,
 )
 from skfac.wire.frames import Frame, PayloadBuffer, parse_frame
+from skfac.wire.memory import Pool
+from skfac.wire.messages import parse
+from skfac.wire.shared_memory import Area
 from skfac.wire.snapshot import SnapshotHeader
 
 # Of one snapshot only: the stream goes on. Other errors end it.
@@ -31,10 +35,15 @@ class Intake:
     whatever they hold, up to the next manifest.
     """
 
-    def __init__(self, engine: Engine, metrics: Metrics, *, pinned: bool) -> None:
+    def __init__(
+        self, engine: Engine, metrics: Metrics, regions: Regions, *, pinned: bool
+    ) -> None:
         self._engine = engine
         self._metrics = metrics
+        self._regions = regions
+        self._region: OpenRegion | None = None
         self._pinned = pinned
+        self._pool = Pool()
         self._session_id, self._step = "", 0
         self._header: SnapshotHeader | None = None
         self._buffer: PayloadBuffer | None = None
@@ -46,7 +55,7 @@ class Intake:
 
         Returns:
             The answers that are due: one for each snapshot that is complete, refused,
-            a duplicate, or cut off by the beginning of the next.
+            a duplicate, or cut off by the beginning of the next; and one for a region.
 
         Raises:
             SessionNotFoundError: If the session is unknown.
@@ -55,6 +64,8 @@ class Intake:
         answers = []
         try:
             frame = parse_frame(message)
+            if frame.region is not None:
+                return [self._open_region(frame.region)]
             if frame.manifest is not None and self._buffer is not None:
                 answers.append(self._refuse(self._truncated()))
             answers += self._accept(frame)
@@ -73,6 +84,21 @@ class Intake:
         if self._buffer is not None:
             raise self._truncated()
 
+    def close(self) -> None:
+        """End the use of shared memory; idempotent."""
+        if self._region is not None:
+            self._region.close()
+
+    def _open_region(self, message: memoryview) -> pb.PushSnapshotsResponse:
+        try:
+            offer = parse(pb.SharedRegion, message)
+        except InvalidRequestError:
+            return pb.PushSnapshotsResponse(region_accepted=False)
+        if self._region is None:
+            self._region = self._regions.open(offer)
+            return pb.PushSnapshotsResponse(region_accepted=self._region is not None)
+        return pb.PushSnapshotsResponse(region_accepted=False)
+
     def _accept(self, frame: Frame) -> list[pb.PushSnapshotsResponse]:
         if frame.manifest is not None:
             self._header, self._skipping, self._step = None, False, 0
@@ -83,7 +109,7 @@ class Intake:
                 self._skipping = True
                 return [pb.PushSnapshotsResponse(step=header.step, duplicate=True)]
             self._began_s = time.monotonic()
-            self._buffer = PayloadBuffer(header.tensors, pinned=self._pinned)
+            self._buffer = self._begin(header)
         if self._buffer is None or self._header is None:
             return []
         frame.check()
@@ -91,6 +117,13 @@ class Intake:
         if not self._buffer.complete:
             return []
         return [self._submit(self._header, self._buffer)]
+
+    def _begin(self, header: SnapshotHeader) -> PayloadBuffer:
+        area = Area(-1, 0, 0) if self._region is None else self._region.up
+        area.check(header.tensors)
+        buffer = PayloadBuffer(header.tensors, pinned=self._pinned, pool=self._pool)
+        buffer.read_shared(area)
+        return buffer
 
     def _submit(
         self, header: SnapshotHeader, buffer: PayloadBuffer

@@ -16,12 +16,12 @@ from pydantic_settings import SettingsError
 from rich.console import Console
 from rich.live import Live
 
-from skfac.service.allocator import share_one_arena
 from skfac.service.config import ServiceConfig
 from skfac.service.server import Server
 from skfac.service.table import status_table
 from skfac.v1 import preconditioning_pb2 as pb
 from skfac.v1 import preconditioning_pb2_grpc as rpc
+from skfac.wire.allocator import keep_large_blocks, share_one_arena
 from skfac.wire.channel import CLIENT_OPTIONS
 
 app = typer.Typer(
@@ -73,6 +73,7 @@ def serve(
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
     share_one_arena()
+    keep_large_blocks()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

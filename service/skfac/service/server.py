@@ -15,9 +15,11 @@ from grpc_reflection.v1alpha import reflection
 from skfac.service.config import ServiceConfig
 from skfac.service.local_engine import LocalEngine
 from skfac.service.metrics import Metrics
+from skfac.service.regions import Regions
 from skfac.service.servicer import PreconditioningServicer
 from skfac.v1 import preconditioning_pb2 as pb
 from skfac.wire.channel import SERVER_OPTIONS, SERVICE
+from skfac.wire.shared_memory import MAX_SNAPSHOTS
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ class Server:
         servicer = PreconditioningServicer(
             self._engine,
             self._metrics,
+            Regions(MAX_SNAPSHOTS * config.max_snapshot_bytes),
             max_streams=config.max_streams,
             pinned=config.device.startswith("cuda"),
         )

@@ -2,8 +2,8 @@
 
 import importlib.metadata
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 
 import grpc
@@ -11,10 +11,13 @@ import grpc
 from skfac.service.engine import Engine, SessionStatus
 from skfac.service.intake import Intake
 from skfac.service.metrics import Metrics
+from skfac.service.regions import Regions
 from skfac.v1 import preconditioning_pb2 as pb
 from skfac.wire.channel import SERVICE
 from skfac.wire.codec import decode_session, encode_outcomes
 from skfac.wire.errors import LimitExceededError, ServiceError, status_of
+from skfac.wire.outcome import Outcome
+from skfac.wire.ring import Ring
 from skfac.wire.state_codec import StateReceiver, encode_state
 
 _LOOK_AROUND_S = 60.0  # a stream wakes by itself; this only bounds a lost wake-up
@@ -24,10 +27,17 @@ class PreconditioningServicer:
     """Delegates every RPC to an `Engine`; the .proto is the reference of each."""
 
     def __init__(
-        self, engine: Engine, metrics: Metrics, *, max_streams: int, pinned: bool
+        self,
+        engine: Engine,
+        metrics: Metrics,
+        regions: Regions,
+        *,
+        max_streams: int,
+        pinned: bool,
     ) -> None:
         self._engine = engine
         self._metrics = metrics
+        self._regions = regions
         self._pinned = pinned
         self._max_streams = max_streams
         self._free_streams = threading.Semaphore(max_streams)
@@ -43,8 +53,8 @@ class PreconditioningServicer:
     def PushSnapshots(
         self, messages: Iterator[bytes], context: grpc.ServicerContext
     ) -> Iterator[pb.PushSnapshotsResponse]:
-        with _status_on_error(context), self._stream():
-            intake = Intake(self._engine, self._metrics, pinned=self._pinned)
+        intake = Intake(self._engine, self._metrics, self._regions, pinned=self._pinned)
+        with _status_on_error(context), self._stream(), closing(intake):
             for message in messages:
                 yield from intake.receive(message)
             intake.finish()
@@ -61,8 +71,9 @@ class PreconditioningServicer:
             try:
                 while context.is_active():
                     outcomes = subscription.take(_LOOK_AROUND_S)
-                    for frame in encode_outcomes(outcomes) if outcomes else ():
-                        sent_bytes.inc(len(frame))
+                    ring = self._regions.ring(request.session_id, request.token)
+                    for frame, nbytes in _frames(outcomes, ring):
+                        sent_bytes.inc(nbytes)
                         yield frame
             finally:
                 subscription.close()
@@ -162,6 +173,18 @@ class PreconditioningServicer:
             yield
         finally:
             self._free_streams.release()
+
+
+def _frames(
+    outcomes: Sequence[Outcome], ring: Ring | None
+) -> Iterator[tuple[bytes, int]]:
+    # With the bytes that each of them stands for, those in shared memory among them.
+    written = 0 if ring is None else ring.written_bytes
+    place = None if ring is None else ring.place
+    for frame in encode_outcomes(outcomes, place) if outcomes else ():
+        shared = 0 if ring is None else ring.written_bytes - written
+        written += shared
+        yield frame, len(frame) + shared
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import pytest
 
 PROGRAM = """
 import ctypes, sys, tempfile, threading
-from skfac.service.allocator import share_one_arena
+from skfac.wire.allocator import share_one_arena
 
 libc = ctypes.CDLL(None)
 if not hasattr(libc, "malloc_info"):

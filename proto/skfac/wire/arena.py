@@ -1,0 +1,87 @@
+"""Tensors in memory that was mapped once: who wrote them need not copy to send them."""
+
+import threading
+from bisect import insort
+from collections import deque
+
+import torch
+from torch import Tensor
+
+from skfac.wire.memory import tensor_over
+from skfac.wire.snapshot import padded
+
+
+class Arena:
+    """Hands out parts of a mapping as tensors; a part is free when its tensor is gone.
+
+    Parts are aligned to 64 bytes and the first that fits is taken. All methods may be
+    called from any thread.
+    """
+
+    def __init__(self, mapping: memoryview) -> None:
+        self._mapping = mapping
+        self._begin = torch.frombuffer(mapping, dtype=torch.uint8).data_ptr()
+        self._lock = threading.Lock()
+        self._free = [(0, len(mapping))]  # (begin, end), sorted, never touching
+        # Tensors end anywhere, also while this thread has the lock.
+        self._returned: deque[tuple[int, int]] = deque()
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """Make a tensor of any content.
+
+        Returns:
+            The tensor; None if it has no elements or there is no room for it.
+        """
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        if not nbytes:
+            return None
+        part = self._take(padded(nbytes))
+        if part is None:
+            return None
+        returned = self._returned
+        view = self._mapping[part[0] : part[0] + nbytes]
+        flat = tensor_over(view, lambda: returned.append(part))
+        return flat.view(dtype).reshape(shape)
+
+    def offset_of(self, tensor: Tensor) -> int | None:
+        """Find a tensor that can be sent from where it is.
+
+        Returns:
+            Where it begins in the mapping; None if it is not in it, or not as it would
+            be sent: contiguous and aligned.
+        """
+        offset = tensor.data_ptr() - self._begin
+        inside = 0 <= offset < len(self._mapping) and tensor.device.type == "cpu"
+        if not inside or not tensor.is_contiguous() or offset != padded(offset):
+            return None
+        return offset if tensor.nbytes else None
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes that no tensor has."""
+        with self._lock:
+            self._take_back()
+            return sum(end - begin for begin, end in self._free)
+
+    def _take(self, nbytes: int) -> tuple[int, int] | None:
+        with self._lock:
+            self._take_back()
+            for index, (begin, end) in enumerate(self._free):
+                if end - begin >= nbytes:
+                    rest = (begin + nbytes, end)
+                    self._free[index : index + 1] = [rest] if rest[0] < end else []
+                    return begin, begin + nbytes
+            return None
+
+    def _take_back(self) -> None:
+        if not self._returned:
+            return
+        while self._returned:
+            insort(self._free, self._returned.popleft())
+        joined: list[tuple[int, int]] = []
+        for begin, end in self._free:
+            if joined and joined[-1][1] == begin:
+                joined[-1] = joined[-1][0], end
+            else:
+                joined.append((begin, end))
+        self._free = joined

@@ -1,0 +1,81 @@
+"""Shared memory that trainers on this host have offered, one region a connection."""
+
+import logging
+import threading
+
+from skfac.v1 import preconditioning_pb2 as pb
+from skfac.wire.ring import Ring
+from skfac.wire.shared_memory import Area, open_region
+
+logger = logging.getLogger(__name__)
+
+
+class Regions:
+    """Lets a connection's push stream and its stream of outcomes find one region.
+
+    The push stream has the region open; when that ends so does the region. A client
+    names its connection by a random token, as a session's streams need not be of one
+    connection: one that was cut may linger here beside its successor.
+    """
+
+    def __init__(self, max_area_bytes: int) -> None:
+        self._max_area_bytes = max_area_bytes
+        self._lock = threading.Lock()
+        self._rings: dict[tuple[str, bytes], Ring] = {}
+
+    def __len__(self) -> int:
+        return len(self._rings)
+
+    def open(self, offer: pb.SharedRegion) -> "OpenRegion | None":
+        """Open what a trainer offers.
+
+        Returns:
+            The region; None if it cannot be used.
+        """
+        try:
+            region = open_region(offer, self._max_area_bytes)
+        except OSError as error:
+            logger.info("A region is not shared: %s. Its tensors go inline.", error)
+            return None
+        opened = OpenRegion(self, (offer.session_id, offer.token), region.up)
+        ring = Ring(region)
+        with self._lock:
+            if opened.key in self._rings:
+                logger.warning("A connection offered shared memory twice.")
+                ring.close()
+                return None
+            self._rings[opened.key] = ring
+        return opened
+
+    def ring(self, session_id: str, token: bytes) -> Ring | None:
+        """Find where the outcomes of a connection can be written.
+
+        Returns:
+            The ring, or None if the connection has no region.
+        """
+        return self._rings.get((session_id, token))
+
+    def close(self, key: tuple[str, bytes]) -> None:
+        """Close a region; idempotent."""
+        with self._lock:
+            ring = self._rings.pop(key, None)
+        if ring is not None:
+            ring.close()
+
+
+class OpenRegion:
+    """A region as the push stream that it was offered on has it.
+
+    Attributes:
+        key: Names it.
+        up: Where the rows are.
+    """
+
+    def __init__(self, regions: Regions, key: tuple[str, bytes], up: Area) -> None:
+        self.key = key
+        self.up = up
+        self._regions = regions
+
+    def close(self) -> None:
+        """Close it; idempotent. `up` must not be read afterwards."""
+        self._regions.close(self.key)

@@ -1,0 +1,170 @@
+"""The ring: written as far as it was read, whatever the reader says."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from skfac.wire import shared_memory
+from skfac.wire.frames import PayloadBuffer
+from skfac.wire.ring import Placement, Ring
+from skfac.wire.shared_memory import OwnRegion, open_region
+from skfac.wire.snapshot import TensorHeader
+from tests.support.values import same_bits
+
+CAPACITY = 1024
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _folder(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared_memory, "FOLDER", tmp_path_factory.mktemp("shm"))
+        yield
+
+
+class Ends:
+    """A ring, and its reader."""
+
+    def __init__(self, capacity: int = CAPACITY, *, sealed: bool = False) -> None:
+        self.own = OwnRegion(bytes(16), 4096, capacity, sealed=sealed)
+        self.peer = open_region(self.own.offer, 10**6)
+        self.ring = Ring(self.peer)
+
+    def __enter__(self) -> "Ends":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ring.close()
+        self.own.discard()
+
+    def read(self, placed: Placement, like: list[torch.Tensor]) -> list[torch.Tensor]:
+        headers = [
+            TensorHeader(t.dtype, tuple(t.shape), offset)
+            for t, offset in zip(like, placed.offsets, strict=True)
+        ]
+        buffer = PayloadBuffer(headers)
+        buffer.read_shared(self.own.down)
+        return buffer.tensors()
+
+
+def tensors(*counts: int, value: float = 1.0) -> list[torch.Tensor]:
+    return [torch.full((count,), value + i) for i, count in enumerate(counts)]
+
+
+@pytest.fixture(params=[False, True], ids=["named", "sealed"])
+def ends(request):
+    with Ends(sealed=request.param) as ends:
+        yield ends
+
+
+def test_there_is_room_until_the_capacity_and_again_once_it_is_read(ends):
+    half = tensors(64, 60)  # 512 bytes with their padding
+    first, second = ends.ring.place(half), ends.ring.place(half)
+    assert first is not None
+    assert second is not None
+    assert (first.offsets, first.end) == ([0, 256], 512)
+    assert (second.offsets, second.end) == ([512, 768], 1024)
+    assert ends.ring.place(tensors(1)) is None
+
+    ends.own.write_consumed(first.end)
+    third = ends.ring.place(half)
+    assert third is not None
+    assert (third.offsets, third.end) == ([0, 256], 1536)
+    assert ends.ring.place(tensors(1)) is None
+    assert ends.ring.written_bytes == 3 * 4 * 124
+
+
+def test_nothing_is_split_at_the_end(ends):
+    first = ends.ring.place(tensors(192))  # 768
+    assert first is not None
+    assert ends.ring.place(tensors(128)) is None  # 256 are left, and 512 wanted
+    ends.own.write_consumed(first.end)
+    second = ends.ring.place(tensors(128))
+    assert second is not None
+    assert second.offsets == [0]
+
+
+def test_an_empty_ring_takes_what_fits_wherever_it_stands(ends):
+    first = ends.ring.place(tensors(160))  # 640, so that 384 are left
+    assert first is not None
+    ends.own.write_consumed(first.end)
+    second = ends.ring.place(tensors(256))
+    assert second is not None
+    assert second.offsets == [0]
+    assert ends.ring.place(tensors(1)) is None
+    ends.own.write_consumed(second.end)
+    assert ends.ring.place(tensors(256)) is not None
+
+
+@pytest.mark.parametrize("lie", [1, 511, 1025, 2**63, 2**64 - 1])
+def test_a_lying_reader_gets_no_room_it_does_not_have(ends, lie):
+    first, second = ends.ring.place(tensors(128)), ends.ring.place(tensors(128))
+    assert first is not None
+    assert second is not None
+    ends.own.write_consumed(lie)
+    assert ends.ring.place(tensors(128)) is None
+
+    ends.own.write_consumed(first.end)
+    assert ends.ring.place(tensors(128)) is not None
+    ends.own.write_consumed(0)  # not backwards
+    assert ends.ring.place(tensors(1)) is None
+
+
+def test_what_is_too_large_or_empty_is_not_placed(ends):
+    assert ends.ring.place(tensors(257)) is None
+    assert ends.ring.place([]) is None
+    assert ends.ring.place(tensors(0, 0)) is None
+    placed = ends.ring.place(tensors(0, 3, 0))
+    assert placed is not None
+    assert placed.offsets == [None, 0, None]
+
+
+@pytest.mark.parametrize("capacity", [0, 63, 100])
+def test_a_ring_of_odd_size_keeps_the_alignment(capacity):
+    with Ends(capacity) as ends:
+        for _ in range(3):
+            placed = ends.ring.place(tensors(16))
+            assert (placed is None) == (capacity < 64)
+            if placed is not None:
+                assert placed.offsets == [0]
+                ends.own.write_consumed(placed.end)
+
+
+def test_nothing_is_written_after_the_end(ends):
+    ends.ring.close()
+    ends.ring.close()
+    assert ends.ring.place(tensors(1)) is None
+
+
+def test_a_file_that_cannot_be_written_is_given_up(monkeypatch):
+    def broken(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    with Ends() as ends:
+        with monkeypatch.context() as patch:
+            patch.setattr(shared_memory.os, "pwritev", broken)
+            assert ends.ring.place(tensors(1)) is None
+        assert ends.ring.place(tensors(1)) is None
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+@given(
+    steps=st.lists(st.lists(st.integers(0, 90), max_size=4) | st.none(), max_size=40)
+)
+def test_what_was_not_read_is_never_overwritten(sealed, steps):
+    with Ends(sealed=sealed) as ends:
+        unread: list[tuple[Placement, list[torch.Tensor]]] = []
+        for number, counts in enumerate(steps):
+            if counts is None:
+                if unread:
+                    placed, sent = unread.pop(0)
+                    ends.own.write_consumed(placed.end)
+                continue
+            sent = tensors(*counts, value=10.0 * number)
+            placed = ends.ring.place(sent)
+            if placed is not None:
+                unread.append((placed, sent))
+            elif sum(counts) and not unread:
+                assert sum(-(-4 * c // 64) * 64 for c in counts) > CAPACITY
+            for placed, sent in unread:
+                assert all(map(same_bits, ends.read(placed, sent), sent))
