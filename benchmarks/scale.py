@@ -37,12 +37,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.speed.memory import peak_bytes, reset_peak, resident_bytes
 from benchmarks.speed.shapes import ARCHITECTURES, layers_of
 from skfac.curvature.settings import CurvatureSettings
-from skfac.wire.allocator import share_one_arena
 from skfac.service.assembler import Assembly
 from skfac.service.config import EngineConfig
 from skfac.service.local_engine import LocalEngine
 from skfac.service.scheduler import Task
 from skfac.service.solver import Solver
+from skfac.wire.allocator import share_one_arena
 from skfac.wire.outcome import Version
 from skfac.wire.session import SessionSpec
 from skfac.wire.snapshot import LayerRows, Snapshot
