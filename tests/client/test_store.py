@@ -17,6 +17,7 @@ from skfac.wire.errors import (
 )
 from skfac.wire.outcome import Loss, Outcome, Version
 from skfac.wire.session import LayerSpec, SessionSpec
+from tests.support.stores import versions_at
 
 LAYERS = (
     LayerSpec("a", "linear", 3, 2, bias=True),
@@ -57,7 +58,7 @@ def both(step: int) -> list[Outcome]:
 
 
 def used(store: Store, step: int, wait_s=0.0) -> list[int | None]:
-    return [v.step if v else None for v in store.versions_at(step, wait_s)]
+    return [v.step if v else None for v in versions_at(store, step, wait_s)]
 
 
 def test_a_version_is_held_back_until_its_step():
@@ -143,7 +144,7 @@ def test_duplicates_and_what_nobody_expects_change_nothing():
 
     assert first == [0]
     assert store.counts["unexpected"] == 3
-    in_use = store.versions_at(1, 0.0)
+    in_use = versions_at(store, 1, 0.0)
     assert in_use[1] is not None
     assert not in_use[1].preconditioner.activations.tensor.any()
 
@@ -221,7 +222,7 @@ def test_a_bug_in_a_transport_is_a_failure_that_is_said(caplog):
     assert not store.link_up
     assert "no more versions will come" in caplog.text
     with pytest.raises(ServerUnavailableError, match="ZeroDivisionError: a bug"):
-        store.versions_at(1, 1e6)
+        versions_at(store, 1, 1e6)
 
 
 @pytest.mark.parametrize("reason", ["down", "lost", "fails while waiting"])
@@ -262,7 +263,7 @@ def test_raise_raises_and_wait_waits():
     raising = store_of(on_late="raise")
     raising.expect(0)
     with pytest.raises(LateVersionError, match="2 of 2 layers have no version"):
-        raising.versions_at(1, 0.01)
+        versions_at(raising, 1, 0.01)
 
     waiting = store_of(on_late="wait", up=False)
     waiting.expect(0)
@@ -274,7 +275,7 @@ def test_raise_raises_and_wait_waits():
     waiting.expect(1)
     waiting.fail(SessionMismatchError("not you"))
     with pytest.raises(SessionMismatchError, match="not you"):
-        waiting.versions_at(2, 0.0)
+        versions_at(waiting, 2, 0.0)
 
 
 def test_a_failure_leaves_keep_alone():
@@ -308,7 +309,7 @@ def test_memory_is_bounded():
     store = store_of(lag=3)
     for step in range(100):
         store.expect(step)
-        store.versions_at(step, 0.0)
+        versions_at(store, step, 0.0)
         assert len(store._expected) <= 4
 
 

@@ -27,6 +27,7 @@ from skfac.wire.state import LayerState, SessionState
 from skfac.wire.state_codec import encode_state
 from tests.support.raw_client import TIMEOUT_S, RawClient, snapshot_of, spec_of
 from tests.support.servers import serving
+from tests.support.stores import versions_at
 from tests.support.values import (
     MIXED,
     assert_same_history,
@@ -258,14 +259,14 @@ def pending(sent: Snapshot) -> PendingSnapshot:
 def run(target: str, spec: SessionSpec, steps: range, state: SessionState | None):
     """A trainer's session: import, push every step, export."""
     store = Store(spec)
-    transport = connect(target, spec, store)
+    transport = connect(target, spec, 0, store)
     try:
         assert store.await_link(TIMEOUT_S)
         imported = state is None or transport.import_state(state, TIMEOUT_S)
         for step in steps:
             store.expect(step)
             transport.push(pending(snapshot_of(spec, step, **SETTINGS)))
-            versions = store.versions_at(step + spec.lag, TIMEOUT_S)
+            versions = versions_at(store, step + spec.lag, TIMEOUT_S)
         return imported, versions, transport.export_state(TIMEOUT_S)
     finally:
         transport.close()
@@ -314,7 +315,7 @@ def test_a_transport_without_a_server_has_no_state(tmp_path, caplog):
 def test_a_closed_transport_has_no_state(target, caplog):
     spec = spec_with("ema")
     store = Store(spec)
-    transport = connect(target, spec, store)
+    transport = connect(target, spec, 0, store)
     store.await_link(TIMEOUT_S)
     transport.close()
 

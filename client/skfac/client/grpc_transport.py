@@ -55,9 +55,10 @@ class GrpcTransport:
     that it has already.
     """
 
-    def __init__(self, target: str, spec: SessionSpec, store: Store) -> None:
+    def __init__(self, target: str, spec: SessionSpec, rank: int, store: Store) -> None:
         self._target = target
         self._spec = spec
+        self._rank = rank
         self._store = store
         self._outbox = Outbox(spec.versions_in_flight + 1)
         self._closed = threading.Event()
@@ -190,7 +191,9 @@ class GrpcTransport:
             )
 
     def _open(self, channel: grpc.Channel) -> str:
-        request = pb.OpenSessionRequest(spec=encode_session(self._spec), rank=0)
+        request = pb.OpenSessionRequest(
+            spec=encode_session(self._spec), rank=self._rank
+        )
         try:
             stub = rpc.PreconditioningServiceStub(channel)
             answer = stub.OpenSession(request, timeout=_CALL_TIMEOUT_S)
@@ -203,7 +206,7 @@ class GrpcTransport:
         return answer.session_id
 
     def _say_goodbye(self, channel: grpc.Channel, session_id: str) -> None:
-        request = pb.CloseSessionRequest(session_id=session_id, rank=0)
+        request = pb.CloseSessionRequest(session_id=session_id, rank=self._rank)
         try:
             stub = rpc.PreconditioningServiceStub(channel)
             stub.CloseSession(request, timeout=_GOODBYE_TIMEOUT_S)
@@ -279,7 +282,9 @@ class GrpcTransport:
             pb.HeldVersion(layer=layer, step=step)
             for layer, step in self._store.newest().items()
         )
-        return pb.StreamPreconditionersRequest(session_id=session_id, held=held)
+        return pb.StreamPreconditionersRequest(
+            session_id=session_id, rank=self._rank, held=held
+        )
 
     def _receive(self, frames: Iterator[bytes]) -> None:
         message, buffer = None, None

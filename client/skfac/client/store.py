@@ -10,7 +10,7 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -24,6 +24,22 @@ from skfac.wire.outcome import Loss, LossReason, Outcome, Version
 from skfac.wire.session import LayerSpec, SessionSpec
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What one rank would use now, for all ranks to agree on.
+
+    Attributes:
+        step: Capture step of the versions in question.
+        on_time: Whether this is their deadline.
+        flags: Whether a server may still answer; for each layer whether its version is
+            here; for each layer whether nothing more is to be expected.
+    """
+
+    step: int
+    on_time: bool
+    flags: tuple[bool, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,34 +196,54 @@ class Store:
         with self._changed:
             self._expected[step] = [None] * len(self._spec.layers)
 
-    def versions_at(self, step: int, wait_s: float) -> list[Version | None]:
-        """Find the versions that a step uses, waiting for those that are just due.
+    def propose(self, step: int, wait_s: float) -> Proposal | None:
+        """Find what may be used from a step on, waiting for what is just due.
 
         Args:
             step: The trainer's step; must not decrease.
             wait_s: Seconds that it may wait.
 
         Returns:
-            One version a layer; None if none was ever due and there.
+            What is due and not decided yet; None, on all ranks alike, if nothing is.
+        """
+        with self._changed:
+            due = [c for c in self._expected if c + self._spec.lag <= step]
+            if not due:
+                return None
+            newest = max(due)
+            on_time = newest + self._spec.lag == step
+            if on_time:
+                self._wait_for(newest, wait_s)
+            row = self._expected[newest]
+            here = [isinstance(outcome, Version) for outcome in row]
+            settled = [outcome is not None for outcome in row]
+            flags = (self._failure is None, *here, *settled)
+            return Proposal(newest, on_time, flags)
+
+    def adopt(self, proposal: Proposal, agreed: Sequence[bool]) -> None:
+        """Use what all ranks have, and from now on.
+
+        Args:
+            proposal: That of this rank.
+            agreed: Its flags where they are set on every rank.
 
         Raises:
             LateVersionError: Under `on_late="raise"`, if a version missed its deadline.
             ServiceError: Under `on_late="wait"` or `"raise"`, if no server will answer.
         """
+        alive, *rest = agreed
+        here, settled = rest[: len(self._in_use)], rest[len(self._in_use) :]
         with self._changed:
-            due = [c for c in self._expected if c + self._spec.lag <= step]
-            if not due:
-                return list(self._in_use)
-            newest = max(due)
-            if newest + self._spec.lag == step:
-                self._wait_for(newest, wait_s)
-            for layer, outcome in enumerate(self._expected[newest]):
-                if isinstance(outcome, Version):
+            row = self._expected[proposal.step]
+            for layer, outcome in enumerate(row):
+                if here[layer]:
+                    assert isinstance(outcome, Version)
                     self._in_use[layer] = outcome
-            for old in due:
-                if old < newest or None not in self._expected[old]:
+            for old in [c for c in self._expected if c <= proposal.step]:
+                if old < proposal.step or all(settled):
                     del self._expected[old]
-            return list(self._in_use)
+            if proposal.on_time:
+                self._look_for_late(settled, alive=alive)
 
     def settle(self, timeout_s: float) -> StoreState:
         """Wait for everything that is expected, then copy what is there.
@@ -232,6 +268,22 @@ class Store:
 
     # ---------------------------------------------------------------- inside
 
+    def _look_for_late(self, settled: Sequence[bool], *, alive: bool) -> None:
+        missing = settled.count(False)
+        if not missing:
+            return
+        self.counts["late"] += missing
+        if self._spec.on_late == "keep":
+            return
+        if self._failure is not None:
+            raise self._failure
+        if not alive:
+            raise ServerUnavailableError("No server answers another rank any more.")
+        raise LateVersionError(
+            f"{missing} of {len(settled)} layers have no version in time, lag = "
+            f"{self._spec.lag} steps after their snapshot."
+        )
+
     def _wait_for(self, step: int, wait_s: float) -> None:
         row, policy = self._expected[step], self._spec.on_late
         if None not in row:
@@ -245,19 +297,9 @@ class Store:
         elif not self._silent:
             self._changed.wait_for(lambda: None not in row or not self._link_up, wait_s)
         self.waited_s += time.monotonic() - began_s
-        missing = row.count(None)
-        if not missing:
-            return
-        self.counts["late"] += missing
-        self.counts["vain_waits"] += 1
-        self._silent = True
-        if policy != "keep":
-            if self._failure is not None:
-                raise self._failure
-            raise LateVersionError(
-                f"{missing} of {len(row)} layers have no version of step {step} after "
-                f"wait_s = {wait_s:g} s, lag = {self._spec.lag} steps later."
-            )
+        if None in row:
+            self.counts["vain_waits"] += 1
+            self._silent = True
 
     def _count(self, outcome: Outcome) -> None:
         if isinstance(outcome, Version):

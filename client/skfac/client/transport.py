@@ -43,12 +43,13 @@ class Transport(Protocol):
         """Leave the session and end all threads; idempotent."""
 
 
-def connect(target: str, spec: SessionSpec, store: Store) -> Transport:
+def connect(target: str, spec: SessionSpec, rank: int, store: Store) -> Transport:
     """Start the transport that a target needs.
 
     Args:
         target: `"embedded"`, `"host:port"` or `"unix:path"`.
         spec: The session to open.
+        rank: Of this process.
         store: Takes the outcomes.
 
     Returns:
@@ -64,4 +65,4 @@ def connect(target: str, spec: SessionSpec, store: Store) -> Transport:
         return EmbeddedTransport(spec, store)
     from skfac.client.grpc_transport import GrpcTransport
 
-    return GrpcTransport(target, spec, store)
+    return GrpcTransport(target, spec, rank, store)
