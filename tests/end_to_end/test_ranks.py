@@ -54,13 +54,15 @@ def train(
             nn.functional.cross_entropy(trained(inputs), labels).backward()
             if ranks > 1 and not ddp:
                 for parameter in model.parameters():
+                    assert parameter.grad is not None
                     distributed.all_reduce(parameter.grad)
-                    parameter.grad /= ranks
+                    parameter.grad.div_(ranks)
             preconditioner.step()
             optimizer.step()
             optimizer.zero_grad()
             digests.append(digest(flat_parameters(model)))
-        versions = [v.preconditioner.tensors for v in preconditioner._store.in_use]
+        used = preconditioner._store.in_use
+        versions = [v.preconditioner.tensors for v in used if v is not None]
         report = preconditioner.report()
     return {
         "digests": digests,

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed, multiprocessing
+from torch import distributed
+from torch.multiprocessing.spawn import spawn
 
 Body = Callable[..., Any]
 
@@ -19,9 +20,7 @@ def run_ranks(world_size: int, body: Body, *arguments: Any) -> list[Any]:
     traceback.
     """
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(
-            _run, (world_size, folder, body, arguments), world_size, join=True
-        )
+        spawn(_run, (world_size, folder, body, arguments), world_size, join=True)
         paths = [Path(folder) / f"{rank}.pt" for rank in range(world_size)]
         return [torch.load(path, weights_only=False) for path in paths]
 
