@@ -1,6 +1,7 @@
 """What a trainer can set: plain data, validated once, never changed afterwards."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -241,6 +242,22 @@ _CHOICES = {
     "apply": _Choices(("auto", "gradient", "row")),
     "wire_dtype": _Choices(tuple(WIRE_DTYPES), ("float16", "bfloat16")),
 }
+
+
+def check_targets(targets: Sequence[str]) -> None:
+    """Check where engines are meant to run.
+
+    Raises:
+        ConfigurationError: If one is no target, or the embedded engine is one of
+            several.
+    """
+    for target in targets:
+        check_target(target)
+    if len(targets) > 1 and "embedded" in targets:
+        raise ConfigurationError(
+            "'embedded' is the engine of this process alone: it cannot be one of "
+            f"several targets, {', '.join(targets)}."
+        )
 
 
 def check_target(target: object) -> str:

@@ -1,24 +1,30 @@
 """The seam between the trainer and wherever the engine runs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
+
+import torch
+from torch import Tensor
 
 from skfac.client.capture import PendingSnapshot
 from skfac.client.config import check_target
-from skfac.client.store import Store
+from skfac.client.link import Link
 from skfac.wire.session import SessionSpec
 from skfac.wire.state import SessionState
 
 
 class Transport(Protocol):
-    """Brings snapshots to an engine and its outcomes to a `Store`, on its own threads.
+    """Brings snapshots to an engine and its outcomes to a `Link`, on its own threads.
 
-    It connects by itself, again and again, and tells the store about it; nothing that
+    It connects by itself, again and again, and tells the link about it; nothing that
     happens to a server is raised here.
     """
 
     def push(self, snapshot: PendingSnapshot) -> None:
         """Take a snapshot and return at once."""
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Make memory for rows, where they can be sent from without a copy."""
 
     def export_state(self, timeout_s: float) -> SessionState | None:
         """Copy what the server keeps of earlier updates.
@@ -43,14 +49,14 @@ class Transport(Protocol):
         """Leave the session and end all threads; idempotent."""
 
 
-def connect(target: str, spec: SessionSpec, rank: int, store: Store) -> Transport:
+def connect(target: str, spec: SessionSpec, rank: int, link: Link) -> Transport:
     """Start the transport that a target needs.
 
     Args:
         target: `"embedded"`, `"host:port"` or `"unix:path"`.
         spec: The session to open.
         rank: Of this process.
-        store: Takes the outcomes.
+        link: Takes the outcomes.
 
     Returns:
         The running transport.
@@ -62,7 +68,7 @@ def connect(target: str, spec: SessionSpec, rank: int, store: Store) -> Transpor
         # The one place where the client needs the server's code.
         from skfac.client.embedded import EmbeddedTransport
 
-        return EmbeddedTransport(spec, store)
+        return EmbeddedTransport(spec, link)
     from skfac.client.grpc_transport import GrpcTransport
 
-    return GrpcTransport(target, spec, rank, store)
+    return GrpcTransport(target, spec, rank, link)
