@@ -126,7 +126,7 @@ class Link:
             history="ema", update_every=1, lag=1, on_late="keep",
         )  # fmt: skip
         self._answers = Answers(spec)
-        self.transport = GrpcTransport(target, spec, self._answers)  # type: ignore[arg-type]
+        self.transport = GrpcTransport(target, spec, 0, self._answers)  # type: ignore[arg-type]
         assert self._answers.linked.wait(PATIENCE_S)
         self._settings = CurvatureSettings(damping=0.1, rank=load.rows)
         self._step = itertools.count()
@@ -162,7 +162,7 @@ class Link:
         """Push a snapshot and wait for all that comes of it."""
         step = next(self._step)
         pairs = zip(self.rows[::2], self.rows[1::2], strict=True)
-        copies = tuple(HostCopy([a, d], None) for a, d in pairs)
+        copies = {i: HostCopy([a, d], None) for i, (a, d) in enumerate(pairs)}
         self._answers.missing = 1 if self._up else self._load.layers
         self.transport.push(PendingSnapshot(0, step, self._settings, copies))
         assert self._answers.done.acquire(timeout=PATIENCE_S)

@@ -26,13 +26,13 @@ def test_all_keywords_are_accepted_and_documented():
         assert f"\n        {keyword}: " in str(PreconditionerConfig.__doc__)
 
 
+def test_a_process_group_is_one_of_torch():
+    with pytest.raises(ConfigurationError, match=r"group of torch\.distributed, got 3"):
+        PreconditionerConfig(process_group=3)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("wire_dtype", "bfloat16"),
-        ("process_group", object()),
-        ("credentials", object()),
-    ],
+    ("name", "value"), [("wire_dtype", "bfloat16"), ("credentials", object())]
 )
 def test_what_is_not_built_yet_says_so(name, value):
     with pytest.raises(ConfigurationError, match=rf"{name}=.*is not built yet"):

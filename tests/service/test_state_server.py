@@ -27,6 +27,7 @@ from skfac.wire.state import LayerState, SessionState
 from skfac.wire.state_codec import encode_state
 from tests.support.raw_client import TIMEOUT_S, RawClient, snapshot_of, spec_of
 from tests.support.servers import serving
+from tests.support.stores import versions_at
 from tests.support.values import (
     MIXED,
     assert_same_history,
@@ -252,20 +253,20 @@ def target(request, tmp_path):
 def pending(sent: Snapshot) -> PendingSnapshot:
     """A snapshot that is on the host already."""
     copies = (HostCopy([r.activations, r.derivatives], None) for r in sent.layers)
-    return PendingSnapshot(sent.rank, sent.step, sent.settings, tuple(copies))
+    return PendingSnapshot(sent.rank, sent.step, sent.settings, dict(enumerate(copies)))
 
 
 def run(target: str, spec: SessionSpec, steps: range, state: SessionState | None):
     """A trainer's session: import, push every step, export."""
     store = Store(spec)
-    transport = connect(target, spec, store)
+    transport = connect(target, spec, 0, store.link(0))
     try:
-        assert store.await_link(TIMEOUT_S)
+        assert store.await_links(TIMEOUT_S)
         imported = state is None or transport.import_state(state, TIMEOUT_S)
         for step in steps:
             store.expect(step)
             transport.push(pending(snapshot_of(spec, step, **SETTINGS)))
-            versions = store.versions_at(step + spec.lag, TIMEOUT_S)
+            versions = versions_at(store, step + spec.lag, TIMEOUT_S)
         return imported, versions, transport.export_state(TIMEOUT_S)
     finally:
         transport.close()
@@ -300,7 +301,7 @@ def test_a_transport_says_why_a_server_refuses_a_state(target, caplog):
 
 def test_a_transport_without_a_server_has_no_state(tmp_path, caplog):
     spec = spec_with("ema")
-    transport = connect(f"unix:{tmp_path}/nobody.sock", spec, Store(spec))
+    transport = connect(f"unix:{tmp_path}/nobody.sock", spec, 0, Store(spec).link(0))
 
     assert transport.export_state(0.1) is None
     assert not transport.import_state(state_of(spec), 0.1)
@@ -314,8 +315,8 @@ def test_a_transport_without_a_server_has_no_state(tmp_path, caplog):
 def test_a_closed_transport_has_no_state(target, caplog):
     spec = spec_with("ema")
     store = Store(spec)
-    transport = connect(target, spec, store)
-    store.await_link(TIMEOUT_S)
+    transport = connect(target, spec, 0, store.link(0))
+    store.await_links(TIMEOUT_S)
     transport.close()
 
     assert transport.export_state(0.1) is None
@@ -335,8 +336,8 @@ def test_a_server_that_does_not_answer_in_time_gives_no_state(monkeypatch, caplo
 
         monkeypatch.setattr(server._engine, "export_state", slow)
         store = Store(spec)
-        transport = connect(server.address, spec, store)
-        assert store.await_link(TIMEOUT_S)
+        transport = connect(server.address, spec, 0, store.link(0))
+        assert store.await_links(TIMEOUT_S)
 
         assert transport.export_state(0.05) is None
         release.set()

@@ -1,10 +1,12 @@
 """What a trainer can set: plain data, validated once, never changed afterwards."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
+from torch.distributed import ProcessGroup
 
 from skfac.client.numbers import IntSchedule, Schedule, check_number, number_at
 from skfac.curvature.damping import DampingSplit
@@ -70,7 +72,9 @@ class PreconditionerConfig:
             gradients unless that has been done.
         accumulation_steps: Backward passes before each step, each of a loss that is
             divided by as many.
-        process_group: Ranks that train together. (Not built yet.)
+        process_group: Ranks that train one model together, with gradients averaged
+            over them (`DistributedDataParallel` or an all-reduce of one's own); None
+            for all processes of `torch.distributed`, if it is in use.
         job: Names the run at the server; None makes up a name of its own.
         credentials: TLS and token for the server. (Not built yet.)
         wire_dtype: `"float32"` or `"float64"`: of rows and inverses. (16-bit types are
@@ -102,7 +106,7 @@ class PreconditionerConfig:
     skip: tuple[str, ...] = ()
     grad_scaler: torch.amp.GradScaler | None = None
     accumulation_steps: int = 1
-    process_group: None = None
+    process_group: ProcessGroup | None = None
     job: str | None = None
     credentials: None = None
     wire_dtype: Literal["float32", "float64"] = "float32"
@@ -129,12 +133,16 @@ class PreconditionerConfig:
             value = getattr(self, name)
             if value not in choices.built:
                 raise ConfigurationError(_not_built(name, value, choices))
-        for name in ("process_group", "credentials"):
-            if (value := getattr(self, name)) is not None:
-                raise ConfigurationError(
-                    f"{name}={value!r} is not built yet; this version of skfac only "
-                    f"knows {name}=None."
-                )
+        if self.credentials is not None:
+            raise ConfigurationError(
+                f"credentials={self.credentials!r} is not built yet; this version of "
+                "skfac only knows credentials=None."
+            )
+        if not isinstance(self.process_group, ProcessGroup | None):
+            raise ConfigurationError(
+                "process_group must be a group of torch.distributed, got "
+                f"{self.process_group!r}."
+            )
         if not isinstance(self.grad_scaler, torch.amp.GradScaler | None):
             raise ConfigurationError(
                 f"grad_scaler must be a torch.amp.GradScaler, got {self.grad_scaler!r}."
@@ -234,6 +242,22 @@ _CHOICES = {
     "apply": _Choices(("auto", "gradient", "row")),
     "wire_dtype": _Choices(tuple(WIRE_DTYPES), ("float16", "bfloat16")),
 }
+
+
+def check_targets(targets: Sequence[str]) -> None:
+    """Check where engines are meant to run.
+
+    Raises:
+        ConfigurationError: If one is no target, or the embedded engine is one of
+            several.
+    """
+    for target in targets:
+        check_target(target)
+    if len(targets) > 1 and "embedded" in targets:
+        raise ConfigurationError(
+            "'embedded' is the engine of this process alone: it cannot be one of "
+            f"several targets, {', '.join(targets)}."
+        )
 
 
 def check_target(target: object) -> str:

@@ -1,10 +1,14 @@
-"""The versions that one step uses, looked up once, by whoever needs them first."""
+"""The versions that one step uses, looked up once, by whoever needs them first.
+
+With several ranks that is where they agree.
+"""
 
 import threading
 from collections.abc import Sequence
 
 from skfac.client.config import PreconditionerConfig
 from skfac.client.store import Store
+from skfac.client.world import World
 from skfac.wire.errors import SkfacError
 from skfac.wire.outcome import Version
 
@@ -15,9 +19,12 @@ class DueVersions:
     Backwards may run on several threads, one for each device.
     """
 
-    def __init__(self, store: Store, config: PreconditionerConfig, layers: int) -> None:
+    def __init__(
+        self, store: Store, config: PreconditionerConfig, world: World, layers: int
+    ) -> None:
         self._store = store
         self._config = config
+        self._world = world
         self._none: list[Version | None] = [None] * layers
         self._lock = threading.Lock()
         self._step = -1
@@ -32,7 +39,7 @@ class DueVersions:
 
         Raises:
             ConfigurationError: If a schedule gives a value out of range.
-            SkfacError: As `Store.versions_at` does; a further call asks again.
+            SkfacError: As `Store.adopt` does; a further call asks again.
         """
         with self._lock:
             if self._step != step:
@@ -58,7 +65,10 @@ class DueVersions:
         try:
             oldest = step - self._config.max_staleness_at(step)
             wait_s = self._config.at("wait_s", step)
-            versions = self._store.versions_at(step, wait_s)
+            proposal = self._store.propose(step, wait_s)
+            if proposal is not None:
+                self._store.adopt(proposal, self._world.agree(proposal.flags))
+            versions = self._store.in_use
         except SkfacError as error:
             self._error = error
             return

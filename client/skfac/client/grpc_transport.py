@@ -3,7 +3,7 @@
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import grpc
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from skfac.client.capture import PendingSnapshot
+from skfac.client.link import Link
 from skfac.client.outbox import Outbox
 from skfac.client.shared_link import SharedLink
-from skfac.client.store import Store
 from skfac.v1 import preconditioning_pb2 as pb
 from skfac.v1 import preconditioning_pb2_grpc as rpc
 from skfac.wire.allocator import keep_large_blocks
@@ -60,10 +60,11 @@ class GrpcTransport:
     and otherwise in frames; each connection finds out anew.
     """
 
-    def __init__(self, target: str, spec: SessionSpec, store: Store) -> None:
+    def __init__(self, target: str, spec: SessionSpec, rank: int, link: Link) -> None:
         self._target = target
         self._spec = spec
-        self._store = store
+        self._rank = rank
+        self._link = link
         self._outbox = Outbox(spec.versions_in_flight + 1)
         self._closed = threading.Event()
         self._calls: list[Any] = []
@@ -78,17 +79,17 @@ class GrpcTransport:
     def push(self, snapshot: PendingSnapshot) -> None:
         """Take a snapshot and return at once."""
         for step in self._outbox.put(snapshot):
-            self._store.lose(step, "superseded", "The sender did not keep up.")
+            self._link.lose(step, "superseded", "The sender did not keep up.")
 
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Make memory for rows, where they can be sent from without a copy.
 
         Returns:
             A tensor of any content.
         """
         shared = self._shared
-        found = None if shared is None else shared.empty(shape, dtype)
-        return torch.empty(shape, dtype=dtype) if found is None else found
+        found = None if shared is None else shared.empty(tuple(shape), dtype)
+        return torch.empty(tuple(shape), dtype=dtype) if found is None else found
 
     def export_state(self, timeout_s: float) -> SessionState | None:
         """Copy what the server keeps of earlier updates.
@@ -168,7 +169,7 @@ class GrpcTransport:
             reraise=True,
         )
         keep_large_blocks()
-        with self._store.guard():
+        with self._link.guard():
             while not self._closed.is_set():
                 try:
                     connect(self._connect_and_serve)
@@ -176,7 +177,7 @@ class GrpcTransport:
                     continue  # only when closed
                 except ServiceError as error:
                     logger.error("%s refuses this trainer: %s", self._target, error)
-                    self._store.fail(error)
+                    self._link.fail(error)
                     return
                 self._closed.wait(_PAUSE_S)
 
@@ -193,7 +194,7 @@ class GrpcTransport:
             session_id = grant.session_id
             self._counts["connects"] += 1
             self._connection = channel, session_id
-            self._store.set_link(up=True)
+            self._link.set_link(up=True)
             logger.info("Connected to %s.", self._target)
             shared = SharedLink(
                 self._spec, session_id, grant.max_snapshot_bytes, self._counts
@@ -202,7 +203,7 @@ class GrpcTransport:
             error = self._serve(channel, session_id, shared)
             self._connection = self._shared = None
             shared.close()
-            self._store.set_link(up=False)
+            self._link.set_link(up=False)
             if self._closed.is_set():
                 self._say_goodbye(channel, session_id)
                 return
@@ -215,7 +216,9 @@ class GrpcTransport:
             )
 
     def _open(self, channel: grpc.Channel) -> pb.OpenSessionResponse:
-        request = pb.OpenSessionRequest(spec=encode_session(self._spec), rank=0)
+        request = pb.OpenSessionRequest(
+            spec=encode_session(self._spec), rank=self._rank
+        )
         try:
             stub = rpc.PreconditioningServiceStub(channel)
             answer = stub.OpenSession(request, timeout=_CALL_TIMEOUT_S)
@@ -228,7 +231,7 @@ class GrpcTransport:
         return answer
 
     def _say_goodbye(self, channel: grpc.Channel, session_id: str) -> None:
-        request = pb.CloseSessionRequest(session_id=session_id, rank=0)
+        request = pb.CloseSessionRequest(session_id=session_id, rank=self._rank)
         try:
             stub = rpc.PreconditioningServiceStub(channel)
             stub.CloseSession(request, timeout=_GOODBYE_TIMEOUT_S)
@@ -311,17 +314,20 @@ class GrpcTransport:
             shared.settle(ack.step)
             if ack.HasField("refusal"):
                 self._outbox.discard(ack.step)
-                self._store.lose(ack.step, "refused", ack.refusal.message)
+                self._link.lose(ack.step, "refused", ack.refusal.message)
 
     def _subscription(
         self, session_id: str, shared: SharedLink
     ) -> pb.StreamPreconditionersRequest:
         held = (
             pb.HeldVersion(layer=layer, step=step)
-            for layer, step in self._store.newest().items()
+            for layer, step in self._link.newest().items()
         )
         return pb.StreamPreconditionersRequest(
-            session_id=session_id, held=held, token=shared.token
+            session_id=session_id,
+            rank=self._rank,
+            held=held,
+            token=shared.token,
         )
 
     def _receive(self, frames: Iterator[bytes], shared: SharedLink) -> None:
@@ -337,7 +343,7 @@ class GrpcTransport:
             buffer.write(frame.payload)
             if buffer.complete:
                 outcomes = build_outcomes(message, buffer.tensors())
-                for step in self._store.receive(outcomes):
+                for step in self._link.receive(outcomes):
                     self._outbox.discard(step)
                 message, buffer = None, None
 

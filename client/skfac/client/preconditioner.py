@@ -16,7 +16,7 @@ from skfac.client.adaptive import LevenbergMarquardt
 from skfac.client.apply import Apply
 from skfac.client.capture import Capture
 from skfac.client.checkpoint import from_state_dict, to_state_dict
-from skfac.client.config import PreconditionerConfig, check_target
+from skfac.client.config import PreconditionerConfig, check_targets
 from skfac.client.due import DueVersions
 from skfac.client.layers import track_layers
 from skfac.client.loss_scale import LossScale
@@ -24,16 +24,19 @@ from skfac.client.phases import phase
 from skfac.client.ready import ReadyVersions
 from skfac.client.report import describe
 from skfac.client.row_space import RowSpace
+from skfac.client.servers import Servers, Target, targets_of
 from skfac.client.store import Store
-from skfac.client.transport import connect
+from skfac.client.world import check_ranks, world_of
 from skfac.curvature.layer import LayerPreconditioner
-from skfac.wire.errors import ConfigurationError
+from skfac.wire.errors import (
+    ConfigurationError,
+    ServerUnavailableError,
+    ServiceError,
+)
 from skfac.wire.session import SessionSpec
+from skfac.wire.state import SessionState
 
 logger = logging.getLogger(__name__)
-
-_RANK = 0
-_WORLD_SIZE = 1
 
 
 class Preconditioner:
@@ -59,13 +62,15 @@ class Preconditioner:
             `PassThroughWarning` says.
         optimizer: Any torch optimizer; its learning rates set the trust region.
         target: `"embedded"` runs the engine on a thread of this process, `"host:port"`
-            or `"unix:/path"` uses a server. One that cannot be reached is tried again
-            in the background; training goes on meanwhile.
+            or `"unix:/path"` uses a server, a list of those spreads the layers over
+            several, and so does `"dns:///name:port"` over all addresses of a name. One
+            that cannot be reached is tried again in the background; training goes on
+            meanwhile.
         settings: The attributes of `PreconditionerConfig`.
 
     Raises:
         ConfigurationError: If a setting is wrong, the model has no layer to
-            precondition, or ranks train together (not built yet).
+            precondition, or several ranks have no server.
         ServiceError: If the server refuses this trainer.
     """
 
@@ -74,17 +79,19 @@ class Preconditioner:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
-        target: str = "embedded",
+        target: Target = "embedded",
         **settings: Any,  # noqa: ANN401  # the attributes of PreconditionerConfig
     ) -> None:
         self.config = config = PreconditionerConfig.of(settings)
-        target = check_target(target)
-        _check_single_rank()
+        self._world = world = world_of(config.process_group)
+        targets = targets_of(target, world)
+        check_targets(targets)
+        check_ranks(world, targets, config.apply)
         self._layers = track_layers(model, optimizer, config.skip)
         spec = SessionSpec(
-            job=config.job or _made_up_job(),
-            instance=uuid.uuid4().hex,
-            world_size=_WORLD_SIZE,
+            job=world.share(config.job or _made_up_job()),
+            instance=world.share(uuid.uuid4().hex),
+            world_size=world.size,
             layers=tuple(layer.spec for layer in self._layers),
             damping_split=config.damping_split,
             history=config.history,
@@ -97,20 +104,20 @@ class Preconditioner:
         self._raw = 0
         self._sampled = False
         self._closed = False
-        self._store = Store(spec)
-        self._due = DueVersions(self._store, config, len(self._layers))
+        self._store = Store(spec, len(targets))
+        self._due = DueVersions(self._store, config, world, len(self._layers))
         self._ready = ReadyVersions(len(self._layers))
-        self._transport = connect(target, spec, self._store)
-        self._capture = Capture(self._layers, config, _RANK)
+        self._servers = Servers(targets, spec, world, self._store)
+        self._capture = Capture(self._layers, config, world.rank, self._servers.empty)
         self._capture.arm(0)
         # Its hooks come before those of the capture, which listens to the output that
         # they replace.
-        self._rows = RowSpace(self._layers, config, self._provide)
+        self._rows = RowSpace(self._layers, config, self._provide, world.size)
         self._apply = Apply(self._layers, self._ready, self._rows)
         self._loss_scale = LossScale(config.grad_scaler, optimizer)
         atexit.register(self.close)
         try:
-            self._await_link(target, config.at("wait_s", 0))
+            self._await_links(config.at("wait_s", 0))
         except BaseException:
             self.close()
             raise
@@ -211,6 +218,8 @@ class Preconditioner:
     def observe_losses(self, before: float | Tensor, after: float | Tensor) -> None:
         """Show adaptive damping what a step did to the loss of its own batch.
 
+        With several ranks each shows its own losses, and their mean counts.
+
         Example:
             ```python
             pre.step()
@@ -232,7 +241,7 @@ class Preconditioner:
             raise ConfigurationError(
                 "observe_losses needs damping=LevenbergMarquardt() and a step."
             )
-        decrease = _plain(before) - _plain(after)
+        decrease = self._world.mean(_plain(before) - _plain(after))
         decrease = decrease if math.isfinite(decrease) else -math.inf
         damping.observe(
             self._step - 1, decrease=decrease, predicted=prediction.decrease
@@ -242,26 +251,28 @@ class Preconditioner:
         """Describe what happened so far.
 
         Returns:
-            Plain data: `step` (steps done), `connected`, `failure` (why no server will
-            answer, or None), `layers` (by name: the `version` in use, its `age` in
-            steps, the `updates` in its history, its `rank` (directions, of activations
-            and derivatives), None if there is none; where it is applied),
-            `raw_gradients` (layer-steps without a version), `not_finite` (layer-steps
-            whose gradient was not finite), `damping` (of the next snapshot),
-            `trust_scale` (ν of the latest step), `waited_s`, `versions` (counts by
-            layer and version: `solved`, `superseded`, `failed`, `empty`, `refused`,
-            `late`, ...; and of `waits`), `transport` (counts of connects, disconnects
-            and bytes).
+            Plain data: `step` (steps done), `rank`, `world_size`, `connected`,
+            `failure` (why no server will answer, or None), `layers` (by name: the
+            `version` in use, its `age` in steps, the `updates` in its history, its
+            `rank` (directions, of activations and derivatives), None if there is none;
+            where it is applied), `raw_gradients` (layer-steps without a version),
+            `not_finite` (layer-steps whose gradient was not finite), `damping` (of the
+            next snapshot), `trust_scale` (ν of the latest step), `waited_s`, `versions`
+            (counts by layer and version: `solved`, `superseded`, `failed`, `empty`,
+            `refused`, `late`, ...; and of `waits`), `transport` (counts of connects,
+            disconnects and bytes).
         """
         prediction = self._apply.prediction
         return {
             "step": self._step,
+            "rank": self._world.rank,
+            "world_size": self._world.size,
             **describe(self._layers, self._store, self._rows, self._step - 1),
             "raw_gradients": self._raw,
             "not_finite": self._apply.not_finite,
             "damping": self.config.at("damping", self._step),
             "trust_scale": None if prediction is None else float(prediction.scale),
-            "transport": dict(self._transport.counts()),
+            "transport": dict(self._servers.counts()),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -276,7 +287,7 @@ class Preconditioner:
         wait_s = self.config.at("wait_s", self._step)
         versions = self._store.settle(wait_s)
         kept = self.config.history != "snapshot"
-        history = self._transport.export_state(wait_s) if kept else None
+        history = self._servers.export_state(wait_s) if kept else None
         names = [layer.name for layer in self._layers]
         state = to_state_dict(self._step, names, versions, history)
         state["next_capture"] = self._next_capture
@@ -301,10 +312,8 @@ class Preconditioner:
         self._next_capture = state["next_capture"]
         if isinstance(self.config.damping, LevenbergMarquardt) and "damping" in state:
             self.config.damping.load_state_dict(state["damping"])
-        if history is not None and not self._transport.import_state(
-            history, self.config.at("wait_s", self._step)
-        ):
-            logger.warning("The server did not take the saved history: it starts anew.")
+        if history is not None:
+            self._import(history)
         self._arm()
 
     def close(self) -> None:
@@ -315,14 +324,33 @@ class Preconditioner:
         atexit.unregister(self.close)
         self._capture.close()
         self._rows.close()
-        self._transport.close()
+        self._servers.close()
 
-    def _await_link(self, target: str, wait_s: float) -> None:
-        if not self._store.await_link(wait_s):
+    def _import(self, history: SessionState) -> None:
+        # One rank, before any of them pushes.
+        wait_s = self.config.at("wait_s", self._step)
+        first = self._world.rank == 0
+        done = not first or self._servers.import_state(history, wait_s)
+        if not self._world.agree([done])[0] and first:
+            logger.warning("The server did not take the saved history: it starts anew.")
+
+    def _await_links(self, wait_s: float) -> None:
+        refusal: ServiceError | None = None
+        connected = False
+        try:
+            connected = self._store.await_links(wait_s)
+        except ServiceError as error:
+            refusal = error
+        # A rank that went on alone would wait for the others for ever.
+        if not self._world.agree([refusal is None])[0]:
+            raise refusal or ServerUnavailableError(
+                "Another rank of this job is refused; see that rank's error."
+            )
+        if not connected:
             logger.warning(
                 "No server at %s after wait_s = %g s; training begins with raw "
                 "gradients.",
-                target,
+                ", ".join(self._servers.targets),
                 wait_s,
             )
 
@@ -343,26 +371,13 @@ class Preconditioner:
             snapshot = self._capture.take(step)
         update_every = int(self.config.at("update_every", step))
         with phase("enqueue"):
-            self._store.expect(step)
-            self._transport.push(snapshot)
+            self._servers.push(snapshot)
         self._next_capture = step + update_every
         self._sampled = False
 
     def _arm(self) -> None:
         due = self._step == self._next_capture
         self._capture.arm(self._step if due else None)
-
-
-def _check_single_rank() -> None:
-    # Each rank would precondition with its own curvature, and replicas diverge.
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        world_size = distributed.get_world_size()
-        if world_size > 1:
-            raise ConfigurationError(
-                f"Training with {world_size} ranks is not built yet; this version of "
-                "skfac only serves trainers with one process."
-            )
 
 
 def _plain(loss: float | Tensor) -> float:

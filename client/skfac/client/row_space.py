@@ -101,6 +101,7 @@ class RowSpace:
         layers: Sequence[TrackedLayer],
         config: PreconditionerConfig,
         provide: Provide,
+        world_size: int = 1,
     ) -> None:
         self._layers = layers
         self._always = config.apply == "row"
@@ -112,7 +113,10 @@ class RowSpace:
         self._sampling = False
         self.used: set[int] = set()
         self.active = {
-            index for index, layer in enumerate(layers) if _is_eligible(layer, config)
+            index
+            for index, layer in enumerate(layers)
+            # The rows of one rank do not tell the trust region of several.
+            if world_size == 1 and _is_eligible(layer, config)
         }
         # Until the step ends a layer that fell back is replaced as before: activation
         # checkpointing wants a second forward to be as the first.

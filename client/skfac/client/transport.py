@@ -1,6 +1,6 @@
 """The seam between the trainer and wherever the engine runs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -8,22 +8,22 @@ from torch import Tensor
 
 from skfac.client.capture import PendingSnapshot
 from skfac.client.config import check_target
-from skfac.client.store import Store
+from skfac.client.link import Link
 from skfac.wire.session import SessionSpec
 from skfac.wire.state import SessionState
 
 
 class Transport(Protocol):
-    """Brings snapshots to an engine and its outcomes to a `Store`, on its own threads.
+    """Brings snapshots to an engine and its outcomes to a `Link`, on its own threads.
 
-    It connects by itself, again and again, and tells the store about it; nothing that
+    It connects by itself, again and again, and tells the link about it; nothing that
     happens to a server is raised here.
     """
 
     def push(self, snapshot: PendingSnapshot) -> None:
         """Take a snapshot and return at once."""
 
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Make memory for rows, where they can be sent from without a copy.
 
         Returns:
@@ -53,13 +53,14 @@ class Transport(Protocol):
         """Leave the session and end all threads; idempotent."""
 
 
-def connect(target: str, spec: SessionSpec, store: Store) -> Transport:
+def connect(target: str, spec: SessionSpec, rank: int, link: Link) -> Transport:
     """Start the transport that a target needs.
 
     Args:
         target: `"embedded"`, `"host:port"` or `"unix:path"`.
         spec: The session to open.
-        store: Takes the outcomes.
+        rank: Of this process.
+        link: Takes the outcomes.
 
     Returns:
         The running transport.
@@ -71,7 +72,7 @@ def connect(target: str, spec: SessionSpec, store: Store) -> Transport:
         # The one place where the client needs the server's code.
         from skfac.client.embedded import EmbeddedTransport
 
-        return EmbeddedTransport(spec, store)
+        return EmbeddedTransport(spec, link)
     from skfac.client.grpc_transport import GrpcTransport
 
-    return GrpcTransport(target, spec, store)
+    return GrpcTransport(target, spec, rank, link)

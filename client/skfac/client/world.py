@@ -1,0 +1,177 @@
+"""The ranks that train one model together, and what they have to decide as one.
+
+Replicas stay identical only if every rank uses the same versions at the same step. What
+arrived where differs from rank to rank, so that choice is made together: one reduction
+of a few bits on the CPU, and only in steps where something is due.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import distributed
+from torch.distributed import ProcessGroup
+
+from skfac.wire.errors import ConfigurationError
+
+
+class World(Protocol):
+    """The replicas of a model. All ranks call its methods in the same order.
+
+    Attributes:
+        rank: Of this process, in [0, size).
+        size: How many processes there are.
+    """
+
+    rank: int
+    size: int
+
+    def agree(self, flags: Sequence[bool]) -> list[bool]:
+        """Find what is true on every rank.
+
+        Args:
+            flags: As many on each rank.
+
+        Returns:
+            For each whether all ranks passed True; the same on all ranks.
+        """
+
+    def mean(self, value: float) -> float:
+        """Average a number over the ranks.
+
+        Returns:
+            The mean, the same on all ranks.
+        """
+
+    def share(self, text: str) -> str:
+        """Let all ranks have what rank 0 passes.
+
+        Returns:
+            Rank 0's text.
+        """
+
+
+class Alone:
+    """A `World` of one process, which costs nothing."""
+
+    rank = 0
+    size = 1
+
+    def agree(self, flags: Sequence[bool]) -> list[bool]:
+        """Agree with oneself.
+
+        Returns:
+            The flags.
+        """
+        return list(flags)
+
+    def mean(self, value: float) -> float:
+        """Average one number.
+
+        Returns:
+            It.
+        """
+        return value
+
+    def share(self, text: str) -> str:
+        """Tell oneself.
+
+        Returns:
+            The text.
+        """
+        return text
+
+
+class Ranks:
+    """A `World` of the processes of a `torch.distributed` group.
+
+    It has a gloo group of its own: its few bytes neither wait for a GPU nor get between
+    the collectives of the trainer.
+    """
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self.rank = distributed.get_rank(group)
+        self.size = distributed.get_world_size(group)
+        members = distributed.get_process_group_ranks(group)
+        self._first = members[0]
+        self._group = distributed.new_group(
+            members, backend="gloo", use_local_synchronization=True
+        )
+
+    def agree(self, flags: Sequence[bool]) -> list[bool]:
+        """Find what is true on every rank, by one small all-reduce.
+
+        Returns:
+            For each flag whether all ranks passed True.
+        """
+        bits = torch.tensor(flags, dtype=torch.uint8)
+        distributed.all_reduce(bits, distributed.ReduceOp.MIN, self._group)
+        return [bool(bit) for bit in bits.tolist()]
+
+    def mean(self, value: float) -> float:
+        """Average a number over the ranks.
+
+        Returns:
+            The mean.
+        """
+        total = torch.tensor(value, dtype=torch.float64)
+        distributed.all_reduce(total, distributed.ReduceOp.SUM, self._group)
+        return float(total) / self.size
+
+    def share(self, text: str) -> str:
+        """Let all ranks have what rank 0 passes.
+
+        Returns:
+            Rank 0's text.
+        """
+        data = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8)
+        length = torch.tensor(len(data))
+        distributed.broadcast(length, self._first, self._group)
+        if self.rank:
+            data = torch.empty(int(length), dtype=torch.uint8)
+        distributed.broadcast(data, self._first, self._group)
+        return bytes(data.tolist()).rstrip(b"\0").decode()
+
+
+def world_of(group: ProcessGroup | None) -> World:
+    """Find the ranks that train together.
+
+    Args:
+        group: Them, or None for all processes of `torch.distributed` if it is in use.
+
+    Returns:
+        The world.
+
+    Raises:
+        ConfigurationError: If this process does not belong to `group`.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return Alone()
+    if group is None:
+        group = distributed.group.WORLD
+    if group is None or distributed.get_rank(group) < 0:
+        raise ConfigurationError(
+            "process_group is a group that this process does not belong to."
+        )
+    return Ranks(group) if distributed.get_world_size(group) > 1 else Alone()
+
+
+def check_ranks(world: World, targets: Sequence[str], apply: str) -> None:
+    """Check that several ranks can train with these settings.
+
+    Raises:
+        ConfigurationError: If they cannot.
+    """
+    if world.size == 1:
+        return
+    if "embedded" in targets:
+        raise ConfigurationError(
+            f"{world.size} ranks need one engine that has the rows of all of them: "
+            "start a server with 'skfac serve' and pass its address as target, instead "
+            "of 'embedded'."
+        )
+    if apply == "row":
+        raise ConfigurationError(
+            "apply='row' is for one rank: the trust region of several needs the whole "
+            "gradient. Use apply='auto'."
+        )
