@@ -1,6 +1,6 @@
 """How fast tensors go both ways, beside what the machine could do.
 
-    python -m benchmarks.transport [--mib 4] [--total 256] [--rounds 5] [--plot FILE]
+    python benchmarks/transport.py [--mib 4] [--total 256] [--rounds 5] [--plot FILE]
 
 The trainer has the first core and the server the last. All measures take turns, and
 each ratio is the median over the rounds of the ratio within a round, so that whatever
@@ -22,8 +22,11 @@ shm      the same, through shared memory; rows are there already, inverses are c
 import argparse
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.data_plane.trainer import Link, Load, memcpy, naive, peer, tcp
 from benchmarks.speed.turns import Times, time_in_turns

@@ -44,14 +44,17 @@ class PublishingEngine:
         self._subscriptions: dict[str, Outcomes] = {}
 
     def open_session(self, spec: SessionSpec, rank: int) -> SessionGrant:
+        """Remember the layers."""
         self._specs[spec.job] = spec
         self._subscriptions[spec.job] = Outcomes()  # rows may come before it is asked
         return SessionGrant(spec.job, 3600.0, 4 * 1024**3)
 
     def admit(self, session_id: str, header: SnapshotHeader) -> bool:
+        """Take anything."""
         return True
 
     def submit(self, session_id: str, snapshot: Snapshot) -> bool:
+        """Publish what the job is for."""
         spec = self._specs[session_id]
         outcomes: list[Outcome] = [Loss(0, snapshot.step, "empty", "")]
         if session_id.startswith("down"):
@@ -64,12 +67,16 @@ class PublishingEngine:
         return True
 
     def subscribe(self, session_id: str, held: Mapping[int, int]) -> "Outcomes":
+        """Receive it."""
         return self._subscriptions[session_id]
 
     def close_session(self, session_id: str, rank: int) -> None:
+        """Forget the inverses."""
         self._inverses.pop(session_id, None)
 
     def status(self, session_id: str = "") -> Any:  # noqa: ANN401
+        """Name the job, which is all that is asked."""
+
         class Session:
             job = session_id
 
@@ -79,10 +86,11 @@ class PublishingEngine:
         return Status
 
     def drain(self, timeout_s: float) -> bool:
+        """There is nothing to wait for."""
         return True
 
     def close(self) -> None:
-        pass
+        """There is nothing to close."""
 
     def _made_once(self, spec: SessionSpec, rank: int) -> list[LayerPreconditioner]:
         if spec.job not in self._inverses:
@@ -104,17 +112,20 @@ class Outcomes:
         self._closed = False
 
     def put(self, outcomes: list[Outcome]) -> None:
+        """Publish."""
         with self._changed:
             self._queued += outcomes
             self._changed.notify_all()
 
     def take(self, timeout_s: float) -> list[Outcome]:
+        """Wait for what was published."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._queued, timeout_s)
             taken, self._queued = self._queued, []
             return taken
 
     def close(self) -> None:
+        """End all waiting."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -160,11 +171,13 @@ def set_congestion(connection: socket.socket, name: str) -> None:
 
 
 def send(connection: socket.socket, view: memoryview) -> None:
+    """Send all of a view, in large pieces."""
     for first in range(0, len(view), CHUNK_BYTES):
         connection.sendall(view[first : first + CHUNK_BYTES])
 
 
 def receive(connection: socket.socket, view: memoryview) -> None:
+    """Fill a view."""
     filled = 0
     while filled < len(view):
         filled += connection.recv_into(view[filled:])

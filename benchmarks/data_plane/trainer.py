@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -53,6 +54,7 @@ class Load:
 
     @classmethod
     def of(cls, tensor_bytes: int, total_bytes: int) -> "Load":
+        """Divide a total into tensors, two a layer."""
         columns = 64
         while columns * columns * 4 < tensor_bytes:
             columns *= 2  # at least as many as rows, as in a factor of low rank
@@ -60,10 +62,12 @@ class Load:
 
     @property
     def rows(self) -> int:
+        """Of each tensor."""
         return self.tensor_bytes // 4 // self.columns
 
     @property
     def nbytes(self) -> int:
+        """Of all tensors."""
         return 2 * self.layers * self.tensor_bytes
 
 
@@ -77,24 +81,30 @@ class Answers:
     missing: int = 0
 
     def guard(self) -> Any:  # noqa: ANN401
+        """Let errors out."""
         return nullcontext()
 
     def newest(self) -> dict[int, int]:
+        """Hold nothing."""
         return {}
 
     def set_link(self, *, up: bool) -> None:
+        """Tell that a server is there."""
         if up:
             self.linked.set()
 
     def fail(self, error: Exception) -> None:
+        """End the benchmark, from whichever thread."""
         print("The transport failed:", error)
         os._exit(1)
 
     def lose(self, step: int, reason: str, message: str) -> None:
+        """End the benchmark, from whichever thread."""
         print(f"Step {step} was lost: {reason}: {message}")
         os._exit(1)
 
     def receive(self, outcomes: list[Outcome]) -> list[int]:
+        """Count down to what an exchange waits for."""
         self.missing -= len(outcomes)
         if self.missing > 0:
             return []
@@ -257,8 +267,9 @@ def peer() -> Iterator[dict[str, Any]]:
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[0]})
     torch.set_num_threads(1)
-    process = subprocess.Popen(
+    process = subprocess.Popen(  # noqa: S603
         [sys.executable, "-m", "benchmarks.data_plane.peer", str(cores[-1])],
+        cwd=Path(__file__).parents[2],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )

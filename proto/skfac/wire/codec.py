@@ -20,7 +20,7 @@ from skfac.wire.messages import (
     HISTORIES,
     code_of,
     decode_header,
-    encode_header,
+    fill_header,
     meaning_of,
     parse,
 )
@@ -140,23 +140,19 @@ def encode_snapshot(
     Returns:
         The messages of `PushSnapshots`, made one at a time.
     """
-    offsets = [locate(tensor) for tensor in snapshot.tensors]
     manifest = pb.SnapshotManifest(
         session_id=session_id,
         rank=snapshot.rank,
         step=snapshot.step,
         settings=_encode_settings(snapshot.settings),
-        layers=[
-            pb.LayerRows(
-                layer=rows.layer,
-                activations=encode_header(rows.activations, of_activations),
-                derivatives=encode_header(rows.derivatives, of_derivatives),
-            )
-            for rows, of_activations, of_derivatives in zip(
-                snapshot.layers, offsets[::2], offsets[1::2], strict=True
-            )
-        ],
     )
+    offsets = [locate(tensor) for tensor in snapshot.tensors]
+    remaining = iter(offsets)
+    for rows in snapshot.layers:
+        message = manifest.layers.add()
+        message.layer = rows.layer
+        fill_header(message.activations, rows.activations, next(remaining))
+        fill_header(message.derivatives, rows.derivatives, next(remaining))
     inline = _inline(snapshot.tensors, offsets)
     return encode_frames(manifest.SerializeToString(), inline)
 
@@ -237,10 +233,9 @@ def encode_outcomes(
         tensors = [tensor for outcome in batch for tensor in _tensors_of(outcome)]
         placed = (place and place(tensors)) or Placement([None] * len(tensors), 0)
         offsets = iter(placed.offsets)
-        manifest = pb.OutcomesManifest(
-            outcomes=[_encode_outcome(outcome, offsets) for outcome in batch],
-            shared_end=placed.end,
-        )
+        manifest = pb.OutcomesManifest(shared_end=placed.end)
+        for outcome in batch:
+            _encode_outcome(manifest.outcomes.add(), outcome, offsets)
         inline = _inline(tensors, placed.offsets)
         yield from encode_frames(manifest.SerializeToString(), inline)
 
@@ -319,20 +314,18 @@ def _tensors_of(outcome: Outcome) -> Sequence[Tensor]:
     return () if isinstance(outcome, Loss) else outcome.preconditioner.tensors
 
 
-def _encode_outcome(outcome: Outcome, offsets: Iterator[int | None]) -> pb.LayerOutcome:
+def _encode_outcome(
+    message: pb.LayerOutcome, outcome: Outcome, offsets: Iterator[int | None]
+) -> None:
+    # Filled in place: messages that are given to others are copied.
+    message.layer, message.step = outcome.layer, outcome.step
     if isinstance(outcome, Loss):
-        lost = pb.LostVersion(reason=outcome.reason, message=outcome.message)
-        return pb.LayerOutcome(layer=outcome.layer, step=outcome.step, lost=lost)
-    preconditioner = pb.LayerPreconditioner(
-        activations=_encode_inverse(outcome.preconditioner.activations, next(offsets)),
-        derivatives=_encode_inverse(outcome.preconditioner.derivatives, next(offsets)),
-        rows=outcome.rows,
-        ranks=outcome.ranks,
-        updates=outcome.updates,
-    )
-    return pb.LayerOutcome(
-        layer=outcome.layer, step=outcome.step, preconditioner=preconditioner
-    )
+        message.lost.reason, message.lost.message = outcome.reason, outcome.message
+        return
+    both, inverses = message.preconditioner, outcome.preconditioner
+    both.rows, both.ranks, both.updates = outcome.rows, outcome.ranks, outcome.updates
+    _encode_inverse(both.activations, inverses.activations, next(offsets))
+    _encode_inverse(both.derivatives, inverses.derivatives, next(offsets))
 
 
 def _decode_outcome(message: pb.LayerOutcome, tensors: Iterator[Tensor]) -> Outcome:
@@ -352,10 +345,12 @@ def _decode_outcome(message: pb.LayerOutcome, tensors: Iterator[Tensor]) -> Outc
     return Version(message.layer, message.step, preconditioner, *counts)
 
 
-def _encode_inverse(inverse: FactorInverse, offset: int | None) -> pb.FactorInverse:
-    form = next(code for code, kind in _FORMS.items() if isinstance(inverse, kind))
-    matrix = encode_header(inverse.tensor, offset)
-    return pb.FactorInverse(form=form, damping=inverse.damping, matrix=matrix)
+def _encode_inverse(
+    message: pb.FactorInverse, inverse: FactorInverse, offset: int | None
+) -> None:
+    message.form = code_of(_FORMS, type(inverse))
+    message.damping = inverse.damping
+    fill_header(message.matrix, inverse.tensor, offset)
 
 
 def _decode_inverse(message: pb.FactorInverse, matrix: Tensor) -> FactorInverse:

@@ -248,11 +248,12 @@ def byte_views(tensors: Iterable[Tensor]) -> Iterator[memoryview]:
 def _arrange(headers: Sequence[TensorHeader]) -> tuple[list[int], int]:
     # Those of the payload first, as they come; then those that are in shared memory.
     begins, position = [0] * len(headers), 0
-    for shared in (False, True):
-        for index, header in enumerate(headers):
-            if (header.shared_offset is not None) == shared:
-                begins[index] = position
-                position += header.padded_nbytes
+    sizes = [header.padded_nbytes for header in headers]
+    shared = [index for index, h in enumerate(headers) if h.shared_offset is not None]
+    inline = [index for index, h in enumerate(headers) if h.shared_offset is None]
+    for index in (*inline, *shared):
+        begins[index] = position
+        position += sizes[index]
     return begins, position
 
 

@@ -49,12 +49,27 @@ def parse(kind: type[_M], data: memoryview) -> _M:
     return message
 
 
-def encode_header(tensor: Tensor, shared_offset: int | None = None) -> pb.TensorHeader:
+def fill_header(
+    message: pb.TensorHeader, tensor: Tensor, shared_offset: int | None = None
+) -> None:
     """Describe a tensor.
 
     Args:
+        message: An empty header.
         tensor: The tensor.
         shared_offset: Where it is in shared memory; None if it is in the payload.
+
+    Raises:
+        InvalidRequestError: If the tensor is of a dtype that cannot be sent.
+    """
+    message.dtype = encode_dtype(tensor.dtype)
+    message.shape.extend(tensor.shape)
+    if shared_offset is not None:
+        message.shared_offset = shared_offset
+
+
+def encode_header(tensor: Tensor) -> pb.TensorHeader:
+    """Describe a tensor of the payload.
 
     Returns:
         Its header.
@@ -62,11 +77,9 @@ def encode_header(tensor: Tensor, shared_offset: int | None = None) -> pb.Tensor
     Raises:
         InvalidRequestError: If the tensor is of a dtype that cannot be sent.
     """
-    return pb.TensorHeader(
-        dtype=encode_dtype(tensor.dtype),
-        shape=tensor.shape,
-        shared_offset=shared_offset,
-    )
+    message = pb.TensorHeader()
+    fill_header(message, tensor)
+    return message
 
 
 def decode_header(message: pb.TensorHeader) -> TensorHeader:
