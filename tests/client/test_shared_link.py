@@ -210,7 +210,8 @@ def test_the_estimate_holds_any_version(history, cap, count):
     found = 0
     for layer in range(len(MIXED)):
         task = task_of(spec, layer=layer, count=count, rank_cap=cap)
-        outcome = Solver("cpu").solve(task).outcome
+        (solution,) = Solver("cpu").solve([task])
+        outcome = solution.outcome
         assert isinstance(outcome, Version)
         found += sum(padded(t.nbytes) for t in outcome.preconditioner.tensors)
 

@@ -147,7 +147,7 @@ def test_one_of_both_places_is_enough(place, monkeypatch, tmp_path, expected):
 
 
 def test_a_region_that_is_too_small_loses_nothing(monkeypatch, expected):
-    # Room for some tensors of a snapshot, and one or two layers' versions.
+    # Room for some tensors of a snapshot, but not for the versions of a whole batch.
     made: list[tuple[int, int]] = []
     real = shared_memory.OwnRegion
 
@@ -162,7 +162,7 @@ def test_a_region_that_is_too_small_loses_nothing(monkeypatch, expected):
     assert same(trajectory, expected)
     (wanted,) = made
     assert 0 < counts["shared_sent_bytes"] < wanted[0] * STEPS // 3
-    assert counts["shared_received_bytes"] > 0
+    assert counts["shared_received_bytes"] < counts["received_bytes"]
 
 
 @pytest.mark.parametrize("named", [False, True])
