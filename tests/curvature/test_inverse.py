@@ -362,3 +362,25 @@ def test_rejects_damping_of_a_moment(diagonal, damping):
 
     with pytest.raises(ValueError, match=f"damping must be positive, got {damping}"):
         invert_moment(moment, damping=damping, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("rows", "form"), [(4, LowRankInverse), (20, DenseInverse)])
+def test_a_column_of_ones_need_not_be_in_memory(rows, form):
+    inverse = invert_factor(with_ones(normal(rows, 8)), damping=0.1)
+    assert isinstance(inverse, form)
+    check_ones(inverse, normal(5, 8))
+
+
+def test_a_diagonal_takes_a_column_of_ones_too():
+    check_ones(DiagonalInverse(normal(1, 9).abs(), 0.1), normal(5, 8))
+
+
+def with_ones(matrix):
+    return torch.cat([matrix, matrix.new_ones(len(matrix), 1)], 1)
+
+
+def check_ones(inverse, matrix) -> None:
+    first, last = inverse.right_of_ones(matrix)
+    expected = inverse.right(with_ones(matrix))
+    torch.testing.assert_close(first, expected[:, :-1])
+    torch.testing.assert_close(last, expected[:, -1])

@@ -42,17 +42,23 @@ Provide = Callable[[int, torch.device, torch.dtype], LayerPreconditioner | None]
 class Rows:
     """The rows of one or more backwards of a layer, as they are and preconditioned.
 
+    With a bias the activations have a last column of ones, which is not in memory.
+
     Attributes:
-        activations: `X`, shape `[B, d_in]`.
+        activations: `X` without that column, shape `[B, features]`.
         derivatives: `D`, shape `[B, d_out]`.
-        turned_activations: `X̃`, shaped like `X`.
+        turned_activations: `X̃` without its last column, shaped like `X`.
         turned_derivatives: `D̃`, shaped like `D`.
+        turned_ones: The last column of `X̃`, shape `[B]`; zero without a bias.
+        ones: The last column of `X`; zero without a bias.
     """
 
     activations: Tensor
     derivatives: Tensor
     turned_activations: Tensor
     turned_derivatives: Tensor
+    turned_ones: Tensor
+    ones: Tensor
 
     def inner(self) -> Tensor:
         """Multiply direction and gradient.
@@ -60,10 +66,7 @@ class Rows:
         Returns:
             `<P, ∇W>`, a scalar.
         """
-        return _inner(
-            (self.turned_activations, self.turned_derivatives),
-            (self.activations, self.derivatives),
-        )
+        return _inner(self._turned, self._raw)
 
     def gradient_square(self) -> Tensor:
         """Square the gradient.
@@ -71,8 +74,7 @@ class Rows:
         Returns:
             `‖∇W‖²`, a scalar.
         """
-        raw = self.activations, self.derivatives
-        return _inner(raw, raw)
+        return _inner(self._raw, self._raw)
 
     def direction_square(self) -> Tensor:
         """Square the direction.
@@ -80,8 +82,15 @@ class Rows:
         Returns:
             `‖P‖²`, a scalar.
         """
-        turned = self.turned_activations, self.turned_derivatives
-        return _inner(turned, turned)
+        return _inner(self._turned, self._turned)
+
+    @property
+    def _raw(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.activations, self.ones, self.derivatives
+
+    @property
+    def _turned(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.turned_activations, self.turned_ones, self.turned_derivatives
 
 
 class RowSpace:
@@ -206,22 +215,23 @@ class RowSpace:
     ) -> tuple[Tensor, Tensor | None]:
         layer, wide = self._layers[index], ready.activations.tensor.dtype
         x, d = x.to(wide), d.to(wide)
-        if layer.bias is not None:
-            x = torch.cat([x, x.new_ones(len(x), 1)], 1)
         with phase("apply"):
-            one = Rows(x, d, ready.activations.right(x), ready.derivatives.right(d))
+            turned_d = ready.derivatives.right(d)
+            if layer.bias is None:
+                ones = turned_ones = x.new_zeros(len(x))
+                turned_x = ready.activations.right(x)
+            else:
+                ones = x.new_ones(len(x))
+                turned_x, turned_ones = ready.activations.right_of_ones(x)
+        one = Rows(x, d, turned_x, turned_d, turned_ones, ones)
         self._pending[index].append((backward_id(), one))
-        columns = one.turned_activations
         bias = None
         if layer.bias is not None:
-            bias = (columns[:, -1] @ one.turned_derivatives).to(layer.bias.dtype)
-            columns = columns[:, :-1]
-        # Not through a [d_out, d_in] matrix with its bias column, which torch would
-        # have to copy into a gradient of its own.
+            bias = (turned_ones @ turned_d).to(layer.bias.dtype)
         if layer.geometry.kind == "hf_conv1d":
-            weight = columns.T @ one.turned_derivatives
+            weight = turned_x.T @ turned_d
         else:
-            weight = one.turned_derivatives.T @ columns
+            weight = turned_d.T @ turned_x
         weight = weight.to(layer.weight.dtype)
         # No reference: torch would copy a gradient that somebody else holds.
         mark = weight.data_ptr(), weight._version
@@ -303,10 +313,13 @@ class _RowBackward(torch.autograd.Function):
         return None, by_input, by_weight, by_bias, None, None
 
 
-def _inner(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> Tensor:
-    # <Dᵀ X, Eᵀ Y> of two matrices from their rows: activations, derivatives.
-    (x, d), (y, e) = left, right
-    return torch.sum((d @ e.T) * (x @ y.T))
+def _inner(
+    left: tuple[Tensor, Tensor, Tensor], right: tuple[Tensor, Tensor, Tensor]
+) -> Tensor:
+    # <Dᵀ X, Eᵀ Y> of two matrices from their rows: activations, their last column,
+    # derivatives.
+    (x, last, d), (y, others_last, e) = left, right
+    return torch.sum((d @ e.T) * torch.addr(x @ y.T, last, others_last))
 
 
 def _as_weight(layer: TrackedLayer, matrix: Tensor) -> Tensor:

@@ -55,6 +55,12 @@ class FactorInverse(Protocol):
     def right(self, matrix: Tensor) -> Tensor:
         """Multiply the inverse from the right onto `[*groups, rows, d]`."""
 
+    def right_of_ones(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """Multiply from the right onto `[rows, d - 1]` and a last column of ones.
+
+        Returns the product's first columns and its last one, `[rows]`.
+        """
+
 
 @dataclass(frozen=True, eq=False)
 class LowRankInverse:
@@ -107,6 +113,18 @@ class LowRankInverse:
         """
         inner = matrix @ self.basis.mT
         return self._rest(matrix, inner, self.basis)
+
+    def right_of_ones(
+        self, matrix: Float[Tensor, "rows features"]
+    ) -> tuple[Float[Tensor, "rows features"], Float[Tensor, " rows"]]:
+        """Multiply from the right, as `right` does with ones in a last column.
+
+        Returns:
+            The first columns of the product, and the last one.
+        """
+        columns, last = self.basis[:, :-1], self.basis[:, -1]
+        inner = torch.addmm(last, matrix, columns.mT)
+        return self._rest(matrix, inner, columns), (1 - inner @ last) / self.damping
 
     def _rest(self, matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
         add = torch.addmm if matrix.ndim == 2 else torch.baddbmm
@@ -164,6 +182,18 @@ class DenseInverse:
         """
         return matrix @ self.matrix
 
+    def right_of_ones(
+        self, matrix: Float[Tensor, "rows features"]
+    ) -> tuple[Float[Tensor, "rows features"], Float[Tensor, " rows"]]:
+        """Multiply from the right, as `right` does with ones in a last column.
+
+        Returns:
+            The first columns of the product, and the last one.
+        """
+        columns, last = self.matrix[:, :-1], self.matrix[:, -1]
+        first = torch.addmm(columns[-1], matrix, columns[:-1])
+        return first, last[-1] + matrix @ last[:-1]
+
 
 @dataclass(frozen=True, eq=False)
 class DiagonalInverse:
@@ -212,6 +242,17 @@ class DiagonalInverse:
             `matrix (A + λ I)⁻¹`.
         """
         return matrix * self.diagonal
+
+    def right_of_ones(
+        self, matrix: Float[Tensor, "rows features"]
+    ) -> tuple[Float[Tensor, "rows features"], Float[Tensor, " rows"]]:
+        """Multiply from the right, as `right` does with ones in a last column.
+
+        Returns:
+            The first columns of the product, and the last one.
+        """
+        first, last = self.diagonal[:, :-1], self.diagonal[0, -1]
+        return matrix * first, last.expand(len(matrix))
 
 
 def invert_factor(

@@ -178,9 +178,8 @@ def with_bias_column(
     """
     *extents, features = rows.shape
     joined = empty((*extents, features + bias), rows)
-    joined[..., :features] = rows
-    joined[..., features:] = 1
-    return joined
+    ones = rows.new_ones(*extents, int(bias))
+    return torch.cat([rows.detach(), ones], -1, out=joined)
 
 
 def _mixed(seed: int) -> int:
