@@ -17,6 +17,14 @@ inline   `PushSnapshots` and `StreamPreconditioners` in frames
 packed   the same, with tensors of 64 KiB
 shm      the same, through shared memory; rows are there already, inverses are copied
          in by the server and out by the client
+
+Where the time of inline tensors goes, by `perf` in the process that receives, which is
+the slower one (0.58 CPU s/GB, 4 MiB, grpcio 1.85): 50 % copying in libc, two of three
+times in gRPC's Python layer (slices to bytearray to bytes) and once into the tensor;
+28 % the kernel, mostly its copy out of the socket; 9 % the checksum; 8 % the
+interpreter. Packed tensors add 10 to 20 μs of Python to each at either end. What comes
+down through shared memory is copied twice, on both cores at once, where the machine
+this was measured on copies 4.4 GB/s on each instead of 6.0.
 """
 
 import argparse

@@ -56,6 +56,10 @@ def through(
         return trained_with(preconditioner.step, model, optimizer)
 
 
+def no_memory(*_: object, **__: object) -> None:
+    raise OSError("None is shared")
+
+
 class Reference:
     """The same algorithm in one thread, straight from the formulas."""
 
@@ -144,7 +148,7 @@ def server():
     ],
 )
 def test_every_target_takes_the_steps_of_the_reference(
-    server, lag, update_every, history
+    server, lag, update_every, history, monkeypatch
 ):
     model = small_cnn()
     optimizer = sgd(model)
@@ -159,11 +163,14 @@ def test_every_target_takes_the_steps_of_the_reference(
     }
 
     embedded = through("embedded", lag, update_every, **settings)
-    remote = through(server.address, lag, update_every, **settings)
+    shared = through(server.address, lag, update_every, **settings)
+    monkeypatch.setattr("skfac.client.shared_link.OwnRegion", no_memory)
+    inline = through(server.address, lag, update_every, **settings)
 
     for step in range(STEPS):
         assert torch.equal(embedded[step], expected[step]), f"embedded, step {step}"
-        assert torch.equal(remote[step], expected[step]), f"gRPC, step {step}"
+        assert torch.equal(shared[step], expected[step]), f"shared, step {step}"
+        assert torch.equal(inline[step], expected[step]), f"inline, step {step}"
 
 
 @pytest.mark.parametrize("lag", [1, 2])

@@ -259,7 +259,7 @@ def test_a_connection_has_one_region(client, push):
     assert push.offer()
     assert not push.offer()
     with SharedPush(client) as second:
-        second.token = push.token
+        os.pwrite(second.region.up.fd, push.token, 0)
         assert not second.offer(token=push.token)
     (frame,) = push.frames(push.placed(snapshot_of(client.spec, 1)))
     assert not push.ask(frame).HasField("refusal")
