@@ -9,7 +9,7 @@ PROTOC = PATH=$(CURDIR)/$(PROTO_VENV)/bin:$$PATH $(PROTO_VENV)/bin/python -m grp
 	--mypy_grpc_out=quiet:$(1) $(PROTO)
 PLOT ?= autoencoder.png
 
-.PHONY: help demo test test-floor check format proto stubs-fresh bench study clean
+.PHONY: help demo test test-floor check format proto stubs-fresh bench grid study clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -43,7 +43,11 @@ stubs-fresh: $(PROTO_VENV)/.ready
 		|| { echo "Generated code is stale: run 'make proto'."; exit 1; }; \
 	done && rm -r $$fresh
 
-bench: $(VENV)/.ready  ## Re-run the recorded search of the autoencoder's settings.
+bench: $(VENV)/.ready  ## Measure the speed of steps, solver, transport and engine.
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements/benchmarks.lock
+	$(RUN) benchmarks/run_all.py
+
+grid: $(VENV)/.ready  ## Re-run the recorded search of the autoencoder's settings.
 	$(RUN) benchmarks/autoencoder_grid.py
 
 study: $(VENV)/.ready  ## Go on with the convergence study, then write its tables and plots.

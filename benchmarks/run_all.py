@@ -42,7 +42,9 @@ def jobs(*, short: bool) -> list[tuple[str, list[str]]]:
         steps = [[*quick, *_options(model=m)] for m in ("mlp", "cnn", "transformer")]
         return [
             *(("step", options) for options in steps),
-            *((name, ["--short"]) for name in SCRIPTS[1:]),
+            ("solver", _options(dim=128, factors=4, rounds=1)),
+            ("transport", ["--short"]),
+            ("scale", ["--short"]),
         ]
     grid = [
         _options(width=width, batch=batch)
@@ -50,6 +52,7 @@ def jobs(*, short: bool) -> list[tuple[str, list[str]]]:
         for batch in (32, 64, 128)
     ]
     grid += [_options(update_every=every) for every in (1, 3, 100)]
+    grid += [_options(width=2048, update_every=1), _options(apply="gradient")]
     grid += [
         _options(model=model, width=width, steps=10, update_every=every)
         for model, width in (("cnn", 32), ("transformer", 128))
@@ -59,8 +62,8 @@ def jobs(*, short: bool) -> list[tuple[str, list[str]]]:
     return [
         *(("step", options) for options in grid),
         *(("solver", options) for options in solver),
-        ("transport", []),
-        ("scale", []),
+        ("transport", _options(plot=IMAGES / "speed_transport.png")),
+        ("scale", _options(plot=IMAGES / "speed_scale.png")),
     ]
 
 

@@ -37,6 +37,9 @@ def main(
     lag: Annotated[
         int, typer.Option(min=1, help="Steps from a snapshot to its first use.")
     ] = 1,
+    apply: Annotated[
+        str, typer.Option(help="Where SKFAC preconditions: auto, row or gradient.")
+    ] = "auto",
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each optimizer.")] = 7,
     steps: Annotated[int, typer.Option(min=1, help="Steps in a turn.")] = 30,
     against: Annotated[
@@ -58,7 +61,7 @@ def main(
     with server_on_other_core() as target, ExitStack() as stack:
         trainers = {name: baseline(name, work) for name in names}
         for every in {update_every, REFERENCE_EVERY}:
-            trainer = skfac(work, target, update_every=every, lag=lag)
+            trainer = skfac(work, target, update_every=every, lag=lag, apply=apply)
             assert trainer.preconditioner is not None
             stack.enter_context(trainer.preconditioner)
             trainers[f"every {every}"] = trainer
@@ -74,6 +77,7 @@ def main(
             "batch": batch,
             "update_every": update_every,
             "lag": lag,
+            "apply": apply,
         }
         own = trainers[f"every {update_every}"]
         result = {**settings, **_figures(times, own, update_every), **phases_of(own)}

@@ -61,7 +61,10 @@ def baseline(name: str, work: Workload) -> Trainer:
     """Make a trainer without SKFAC, by a name of `BASELINES`."""
 
     def make(model: nn.Module) -> tuple[Optimizer, None]:
-        return optimizers.BASELINES[name](model, _SETTINGS[name]), None
+        optimizer = optimizers.BASELINES[name](model, _SETTINGS[name])
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]  # as a schedule does, which study expects
+        return optimizer, None
 
     return Trainer(work, make)
 
