@@ -362,3 +362,14 @@ def test_rejects_damping_of_a_moment(diagonal, damping):
 
     with pytest.raises(ValueError, match=f"damping must be positive, got {damping}"):
         invert_moment(moment, damping=damping, dtype=torch.float64)
+
+
+def test_many_large_eigenvalues_are_no_bad_condition():
+    # Their sum over the damping is 3 · 10⁶, each 4 · 10⁵; float32 holds 8.4 · 10⁵.
+    rows = torch.eye(8, 20) * (8 * 4e5) ** 0.5
+
+    inverse = invert_factor(rows, damping=1.0)
+
+    expected = dense_inverse(rows.double(), 1.0)
+    actual = inverse.left(torch.eye(20))
+    torch.testing.assert_close(actual.double(), expected, rtol=0.1, atol=1e-6)
