@@ -384,3 +384,14 @@ def check_ones(inverse, matrix) -> None:
     expected = inverse.right(with_ones(matrix))
     torch.testing.assert_close(first, expected[:, :-1])
     torch.testing.assert_close(last, expected[:, -1])
+
+
+def test_many_large_eigenvalues_are_no_bad_condition():
+    # Their sum over the damping is 3 · 10⁶, each 4 · 10⁵; float32 holds 8.4 · 10⁵.
+    rows = torch.eye(8, 20) * (8 * 4e5) ** 0.5
+
+    inverse = invert_factor(rows, damping=1.0)
+
+    expected = dense_inverse(rows.double(), 1.0)
+    actual = inverse.left(torch.eye(20))
+    torch.testing.assert_close(actual.double(), expected, rtol=0.1, atol=1e-6)
