@@ -28,6 +28,7 @@ from skfac.client.config import PreconditionerConfig
 from skfac.client.hooks import HookedLayers, backward_id, without_autocast
 from skfac.client.layers import TrackedLayer
 from skfac.client.phases import phase
+from skfac.curvature.inverse import DenseInverse, LowRankInverse
 from skfac.curvature.layer import LayerPreconditioner
 
 logger = logging.getLogger(__name__)
@@ -222,7 +223,9 @@ class RowSpace:
                 turned_x = ready.activations.right(x)
             else:
                 ones = x.new_ones(len(x))
-                turned_x, turned_ones = ready.activations.right_of_ones(x)
+                inverse = ready.activations
+                assert isinstance(inverse, LowRankInverse | DenseInverse)
+                turned_x, turned_ones = inverse.right_of_ones(x)
         one = Rows(x, d, turned_x, turned_d, turned_ones, ones)
         self._pending[index].append((backward_id(), one))
         bias = None

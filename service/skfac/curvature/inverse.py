@@ -55,12 +55,6 @@ class FactorInverse(Protocol):
     def right(self, matrix: Tensor) -> Tensor:
         """Multiply the inverse from the right onto `[*groups, rows, d]`."""
 
-    def right_of_ones(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """Multiply from the right onto `[rows, d - 1]` and a last column of ones.
-
-        Returns the product's first columns and its last one, `[rows]`.
-        """
-
 
 @dataclass(frozen=True, eq=False)
 class LowRankInverse:
@@ -242,17 +236,6 @@ class DiagonalInverse:
             `matrix (A + λ I)⁻¹`.
         """
         return matrix * self.diagonal
-
-    def right_of_ones(
-        self, matrix: Float[Tensor, "rows features"]
-    ) -> tuple[Float[Tensor, "rows features"], Float[Tensor, " rows"]]:
-        """Multiply from the right, as `right` does with ones in a last column.
-
-        Returns:
-            The first columns of the product, and the last one.
-        """
-        first, last = self.diagonal[:, :-1], self.diagonal[0, -1]
-        return matrix * first, last.expand(len(matrix))
 
 
 def invert_factor(
