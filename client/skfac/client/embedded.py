@@ -38,7 +38,7 @@ class EmbeddedTransport:
             self._engine.close()
             raise
         self._subscription = self._engine.subscribe(self._session_id, link.newest())
-        self._outbox = Outbox(spec.versions_in_flight + 1)
+        self._outbox = Outbox(spec.versions_in_flight)
         self._stop = threading.Event()
         self._counts: Counter[str] = Counter(connects=1)
         self._threads = [

@@ -65,7 +65,7 @@ class GrpcTransport:
         self._spec = spec
         self._rank = rank
         self._link = link
-        self._outbox = Outbox(spec.versions_in_flight + 1)
+        self._outbox = Outbox(spec.versions_in_flight)
         self._closed = threading.Event()
         self._calls: list[Any] = []
         self._connection: tuple[grpc.Channel, str] | None = None  # and the session
