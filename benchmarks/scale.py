@@ -123,9 +123,7 @@ def run(engine: LocalEngine, load: Load) -> dict[str, float]:
     cpu_seconds = time.process_time() - cpu_began_s
     above_bytes = peak_bytes() - before
     kept_bytes += sum(session.history_bytes for session in engine.status().sessions)
-    for spec, name in zip(specs, names, strict=True):
-        for rank in range(spec.world_size):
-            engine.close_session(name, rank)
+    _leave(engine, specs, names)
     pushed = len(names) * load.steps * len(load.spec.layers)
     return {
         "seconds": round(seconds, 3),
@@ -135,6 +133,12 @@ def run(engine: LocalEngine, load: Load) -> dict[str, float]:
         "peak_mib": round(above_bytes / 2**20, 1),
         "memory_ratio": round(above_bytes / max(rows_bytes, kept_bytes), 3),
     }
+
+
+def _leave(engine: LocalEngine, specs: list[SessionSpec], names: list[str]) -> None:
+    for spec, name in zip(specs, names, strict=True):
+        for rank in range(spec.world_size):
+            engine.close_session(name, rank)
 
 
 def _versions(engine: LocalEngine, name: str, count: int) -> Iterator[Version]:

@@ -1,6 +1,7 @@
 """What a trainer holds: the versions and snapshots that can be in flight, no more."""
 
 import gc
+from contextlib import nullcontext
 
 import pytest
 
@@ -17,7 +18,7 @@ def alive(kind: type) -> list:
     return [found for found in gc.get_objects() if type(found) is kind]
 
 
-@pytest.mark.parametrize(("lag", "update_every"), [(1, 1), (1, 3), (3, 3), (5, 2)])
+@pytest.mark.parametrize(("lag", "update_every"), [(1, 1), (3, 3), (5, 2)])
 @pytest.mark.parametrize("remote", [False, True], ids=["embedded", "gRPC"])
 def test_no_more_versions_and_snapshots_than_can_be_in_flight(
     lag, update_every, remote
@@ -26,8 +27,8 @@ def test_no_more_versions_and_snapshots_than_can_be_in_flight(
     in_flight = -(-lag // update_every) + 1
     model = small_cnn()
     optimizer = sgd(model)
-    with ServerProcess() as server:
-        target = server.address if remote else "embedded"
+    with ServerProcess() if remote else nullcontext() as server:
+        target = "embedded" if server is None else server.address
         with Preconditioner(
             model,
             optimizer,

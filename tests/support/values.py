@@ -139,8 +139,7 @@ def task_of(
 def version(step: int = 0, layer: int = 0, *, count: int = 4) -> Version:
     """A version of a 2 × 3 weight."""
     rows = layer_rows(session_spec(), count=count, seed=step)
-    # beartype looks at a random item of a sequence; Hypothesis forbids that.
-    state = random.getstate()
+    state = random.getstate()  # beartype draws from it, a strategy must not
     found = precondition_layer(
         rows.activations, rows.derivatives, damping=0.5, split="pi"
     )
