@@ -16,7 +16,7 @@ from skfac.client.adaptive import LevenbergMarquardt
 from skfac.client.apply import Apply
 from skfac.client.capture import Capture
 from skfac.client.checkpoint import from_state_dict, to_state_dict
-from skfac.client.config import PreconditionerConfig, check_target
+from skfac.client.config import PreconditionerConfig, Target, check_target
 from skfac.client.due import DueVersions
 from skfac.client.layers import track_layers
 from skfac.client.loss_scale import LossScale
@@ -62,8 +62,9 @@ class Preconditioner:
             `PassThroughWarning` says.
         optimizer: Any torch optimizer; its learning rates set the trust region.
         target: `"embedded"` runs the engine on a thread of this process, `"host:port"`
-            or `"unix:/path"` uses a server. One that cannot be reached is tried again
-            in the background; training goes on meanwhile.
+            or `"unix:/path"` uses a server, and `"ray://namespace/pool"` or handles of
+            Ray actors what `skfac.service.ray` started. One that cannot be reached is
+            tried again in the background; training goes on meanwhile.
         settings: The attributes of `PreconditionerConfig`.
 
     Raises:
@@ -77,13 +78,13 @@ class Preconditioner:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
-        target: str = "embedded",
+        target: object = "embedded",
         **settings: Any,  # noqa: ANN401  # the attributes of PreconditionerConfig
     ) -> None:
         self.config = config = PreconditionerConfig.of(settings)
-        target = check_target(target)
+        where = check_target(target)
         self._world = world = world_of(config.process_group)
-        check_ranks(world, target, config.apply)
+        check_ranks(world, where, config.apply)
         self._layers = track_layers(model, optimizer, config.skip)
         spec = SessionSpec(
             job=world.share(config.job or _made_up_job()),
@@ -104,7 +105,7 @@ class Preconditioner:
         self._store = Store(spec)
         self._due = DueVersions(self._store, config, world, len(self._layers))
         self._ready = ReadyVersions(len(self._layers))
-        self._transport = connect(target, spec, world.rank, self._store)
+        self._transport = connect(where, spec, world.rank, self._store)
         self._capture = Capture(self._layers, config, world.rank)
         self._capture.arm(0)
         # Its hooks come before those of the capture, which listens to the output that
@@ -114,7 +115,7 @@ class Preconditioner:
         self._loss_scale = LossScale(config.grad_scaler, optimizer)
         atexit.register(self.close)
         try:
-            self._await_link(target, config.at("wait_s", 0))
+            self._await_link(where, config.at("wait_s", 0))
         except BaseException:
             self.close()
             raise
@@ -331,7 +332,7 @@ class Preconditioner:
         if not self._world.agree([done])[0] and first:
             logger.warning("The server did not take the saved history: it starts anew.")
 
-    def _await_link(self, target: str, wait_s: float) -> None:
+    def _await_link(self, target: Target, wait_s: float) -> None:
         refusal: ServiceError | None = None
         connected = False
         try:
