@@ -265,9 +265,9 @@ def start_pool(
         num_gpus: Of each actor. The device is `"cuda"` if there are any.
         max_ranks: Ranks that can receive outcomes from one actor at once.
         settings: Of an `EngineConfig`.
-        options: What Ray takes for an actor besides, such as `num_cpus`,
-            `scheduling_strategy` (`"SPREAD"`, or a placement group's), `resources` and
-            `runtime_env`. By default `lifetime="detached"` and `max_restarts=-1`.
+        options: What Ray takes for an actor besides, such as `num_cpus` (1 by default),
+            `scheduling_strategy` (`"SPREAD"`, or a placement group's), `resources`,
+            `lifetime` (`"detached"`) and `max_restarts` (-1: no limit).
 
     Returns:
         The pool, once all of its actors answer.
@@ -282,16 +282,15 @@ def start_pool(
     engine = {"device": "cuda" if num_gpus else "cpu", **(settings or {})}
     # What devices there are is for the actor to say.
     EngineConfig.model_validate({**engine, "device": "cpu"})
-    chosen = {"lifetime": "detached", "max_restarts": -1, **options}
+    kept = {"lifetime": "detached", "max_restarts": -1}
+    chosen = {"num_cpus": 1, "num_gpus": num_gpus, **kept, **options}
     groups = {"push": _PUSHES, "state": _STATES, "take": max_ranks}
     remote: Any = ray.remote  # its types know no concurrency groups
     made = remote(max_concurrency=_CONTROLS, concurrency_groups=groups)(EngineActor)
     actors: list[Any] = []
     try:
         for own in actor_names(name, num_actors):
-            named = made.options(
-                name=own, namespace=namespace, num_gpus=num_gpus, **chosen
-            )
+            named = made.options(name=own, namespace=namespace, **chosen)
             actors.append(named.remote(engine, max_ranks))
         pool = EnginePool(name, namespace, tuple(actors))
         pool.status(_START_TIMEOUT_S)
