@@ -1,7 +1,5 @@
 """Actors that die in mid-training, and what comes back."""
 
-import subprocess
-import sys
 import time
 from typing import Any
 
@@ -110,15 +108,3 @@ def test_a_frozen_actor_is_waited_for_once(pool):
         trainer.step_until(lambda report: max(ages(report)) <= 1)
 
     assert sum(stalls_s) < 4 * WAIT_S
-
-
-def test_a_trainer_outlives_its_cluster():
-    # In a process of its own: the other tests need theirs.
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.lost_cluster"],
-        capture_output=True,
-        text=True,
-        timeout=LONG_S,
-        check=False,
-    )
-    assert (done.returncode, done.stdout.split()[-1:]) == (0, ["done"]), done.stderr

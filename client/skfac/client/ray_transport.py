@@ -5,6 +5,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import wait
 from contextlib import contextmanager
 from typing import Any
 
@@ -249,10 +250,13 @@ class RayTransport:
                     self._outbox.discard(step)
 
     def _say_goodbye(self, actor: _Actor, session_id: str, subscription: str) -> None:
-        if ray.is_initialized():
-            actor.unsubscribe.remote(subscription)
-            left = actor.close_session.remote(session_id, self._rank)
-            ray.wait([left], timeout=_GOODBYE_TIMEOUT_S)
+        try:
+            with _service_errors():
+                actor.unsubscribe.remote(subscription)
+                left = actor.close_session.remote(session_id, self._rank).future()
+                left.result(_GOODBYE_TIMEOUT_S)
+        except (ServiceError, TimeoutError) as error:
+            logger.debug("The session was not closed: %s", error)
 
     # ---------------------------------------------------------------- calls
 
@@ -271,13 +275,15 @@ class RayTransport:
     ) -> _Answer:
         end_s = time.monotonic() + timeout_s
         with _service_errors():
-            answer = method.remote(*arguments)
-            while not ray.wait([answer], timeout=_LOOK_AROUND_S)[0]:
+            # Not ray.wait: it would start a cluster if this one is shut down meanwhile.
+            answer = method.remote(*arguments).future()
+            while not wait([answer], _LOOK_AROUND_S).done:
+                _check_cluster()
                 if self._closed.is_set() or (stop is not None and stop.is_set()):
                     raise ServerUnavailableError("The transport is stopping.")
                 if time.monotonic() > end_s:
                     raise ServerUnavailableError(f"No answer within {timeout_s:g} s.")
-            return ray.get(answer)
+            return answer.result()
 
 
 def _join_cluster() -> None:
@@ -308,10 +314,14 @@ def _find(target: Target, job: str) -> _Actor:
         raise ServerUnavailableError(str(error)) from None
 
 
+def _check_cluster() -> None:
+    if not ray.is_initialized():
+        raise ServerUnavailableError("Ray was shut down.")
+
+
 @contextmanager
 def _service_errors() -> Iterator[None]:
-    if not ray.is_initialized():  # whatever is asked of it would start a cluster
-        raise ServerUnavailableError("Ray was shut down.")
+    _check_cluster()
     try:
         yield
     except ray.exceptions.RayTaskError as error:
