@@ -236,7 +236,12 @@ class EnginePool:
             return answers
 
     def stop(self, grace_s: float = 5.0) -> None:
-        """Solve what was accepted, then end the actors for good; idempotent."""
+        """Solve what was accepted, then end the actors for good; idempotent.
+
+        Raises:
+            ConfigurationError: If Ray is not connected.
+        """
+        _check_connected()  # else Ray would start a cluster to look for them
         calls: list[Any] = [actor.drain.remote(grace_s) for actor in self.actors]
         ray.wait(calls, num_returns=len(calls), timeout=grace_s + 1)
         for actor in self.actors:
@@ -308,8 +313,10 @@ def get_pool(name: str = "skfac", namespace: str = "skfac") -> EnginePool:
         The pool, with those of its actors that are not gone for good.
 
     Raises:
+        ConfigurationError: If Ray is not connected.
         ServerUnavailableError: If there is none.
     """
+    _check_connected()
     names = _named(name, namespace)
     if not names:
         raise ServerUnavailableError(
@@ -321,8 +328,7 @@ def get_pool(name: str = "skfac", namespace: str = "skfac") -> EnginePool:
 
 
 def _check(num_actors: int, name: str, namespace: str) -> None:
-    if not ray.is_initialized():
-        raise ConfigurationError("Ray is not connected: call ray.init() first.")
+    _check_connected()
     if num_actors < 1:
         raise ConfigurationError(f"num_actors must be at least 1, got {num_actors}.")
     for word in (name, namespace):
@@ -336,6 +342,11 @@ def _check(num_actors: int, name: str, namespace: str) -> None:
             f"There is a pool {name!r} in namespace {namespace!r} already: stop it, "
             "use it, or choose another name."
         )
+
+
+def _check_connected() -> None:
+    if not ray.is_initialized():
+        raise ConfigurationError("Ray is not connected: call ray.init() first.")
 
 
 def _named(name: str, namespace: str) -> list[str]:
