@@ -1,5 +1,6 @@
 """Ray front end: the engine in actors, and pools of them that have a name."""
 
+import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -304,6 +305,16 @@ def start_pool(
             ray.kill(actor)
         raise
     return pool
+
+
+def join_cluster(address: str = "auto") -> None:
+    """Connect this process to a running cluster, unless it is in one already.
+
+    Raises:
+        ConnectionError: If there is none at `address`.
+    """
+    if not ray.is_initialized():
+        ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
 
 
 def get_pool(name: str = "skfac", namespace: str = "skfac") -> EnginePool:
