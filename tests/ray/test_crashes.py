@@ -8,8 +8,7 @@ import torch
 from skfac.client import Preconditioner
 from skfac.wire.pool import actor_of_job
 from tests.end_to_end.test_faults import Trainer, ages
-from tests.ray.test_pools import engine_processes
-from tests.support.cluster import crash
+from tests.support.cluster import crash, engine_processes
 from tests.support.models import backward, flat_parameters, sgd, small_cnn
 from tests.support.servers import LONG_S
 

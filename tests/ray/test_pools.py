@@ -7,6 +7,7 @@ from pydantic import ValidationError
 from skfac.client import ConfigurationError
 from skfac.wire.errors import ServerUnavailableError
 from tests.end_to_end.test_faults import Trainer
+from tests.support.cluster import engine_processes
 from tests.support.servers import LONG_S
 
 
@@ -14,11 +15,6 @@ def actors() -> list[str]:
     import ray
 
     return [a["name"] for a in ray.util.list_named_actors(all_namespaces=True)]
-
-
-def engine_processes() -> list[psutil.Process]:
-    processes = psutil.Process().children(recursive=True)
-    return [p for p in processes if "EngineActor" in " ".join(p.cmdline())]
 
 
 def test_a_pool_is_found_by_name_until_it_is_stopped(ray_cluster):

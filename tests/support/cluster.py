@@ -2,8 +2,10 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
+
+import psutil
 
 STORE_BYTES = 200 * 1024 * 1024
 
@@ -25,6 +27,16 @@ def local_cluster() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def engine_processes() -> list[psutil.Process]:
+    """The processes of this cluster's engines that are running."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it ended meanwhile
+            if "EngineActor" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def crash(actor: Any) -> None:

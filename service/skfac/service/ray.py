@@ -39,6 +39,8 @@ from skfac.wire.objects import Bytes, frame_arrays, frames_of, tensors_of
 from skfac.wire.pool import actor_names, actors_of
 from skfac.wire.state_codec import StateReceiver, encode_state
 
+logger = logging.getLogger(__name__)
+
 _PUSHES, _STATES, _CONTROLS = 4, 2, 8  # threads of each kind of call
 _FETCH_TIMEOUT_S = 60.0
 _MIRROR_EVERY_S = 5.0
@@ -188,8 +190,11 @@ class EngineActor:
         mirror = RayMetrics(self._metrics.registry)
         while True:
             time.sleep(_MIRROR_EVERY_S)  # for as long as the process lives
-            mirror.update()
             self._subscriptions.close_idle()
+            try:
+                mirror.update()
+            except Exception:  # what nobody can scrape must not cost a session
+                logger.exception("The metrics were not repeated.")
 
 
 @dataclass(frozen=True, eq=False)
