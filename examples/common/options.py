@@ -20,9 +20,10 @@ class OptimizerName(StrEnum):
 
 def _known_target(target: str) -> str:
     try:
-        return check_target(target)
+        check_target(target)
     except ConfigurationError as error:
         raise typer.BadParameter(str(error)) from error
+    return target
 
 
 def _writable_plot(plot: Path | None) -> Path | None:
@@ -45,10 +46,10 @@ Target = Annotated[
     str,
     typer.Option(
         "--target",
-        metavar="embedded | HOST:PORT | unix:/PATH",
+        metavar="embedded | HOST:PORT | unix:/PATH | ray://NAMESPACE/POOL",
         callback=_known_target,
         help="Where SKFAC inverts its factors: on a thread of this process, or on the "
-        "server (`skfac serve`) that listens there.",
+        "server (`skfac serve`) that listens there, or in Ray's actors.",
     ),
 ]
 Epochs = Annotated[

@@ -1,6 +1,7 @@
 """What a trainer can set: plain data, validated once, never changed afterwards."""
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -14,7 +15,11 @@ from skfac.curvature.positions import Reduction
 from skfac.curvature.settings import CurvatureSettings, History
 from skfac.curvature.trust import Trust
 from skfac.wire.errors import ConfigurationError
+from skfac.wire.pool import pool_of
 from skfac.wire.session import OnLate
+
+Target = str | tuple[Any, ...]
+"""Where the engine runs; a tuple holds handles of Ray actors."""
 
 WIRE_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -244,7 +249,7 @@ _CHOICES = {
 }
 
 
-def check_targets(targets: Sequence[str]) -> None:
+def check_targets(targets: Sequence[object]) -> None:
     """Check where engines are meant to run.
 
     Raises:
@@ -256,23 +261,30 @@ def check_targets(targets: Sequence[str]) -> None:
     if len(targets) > 1 and "embedded" in targets:
         raise ConfigurationError(
             "'embedded' is the engine of this process alone: it cannot be one of "
-            f"several targets, {', '.join(targets)}."
+            f"several targets, {', '.join(map(str, targets))}."
         )
 
 
-def check_target(target: object) -> str:
+def check_target(target: object) -> Target:
     """Check where the engine is meant to run.
 
     Args:
         target: What the trainer passed.
 
     Returns:
-        `"embedded"`, `"host:port"` or `"unix:path"`.
+        `"embedded"`, `"host:port"`, `"unix:path"`, `"ray://namespace/pool"` or a tuple
+        of handles of Ray actors.
 
     Raises:
         ConfigurationError: If it is none of these.
     """
-    built = "This version of skfac takes 'embedded', 'host:port' or 'unix:path'."
+    built = (
+        "This version of skfac takes 'embedded', 'host:port', 'unix:path', "
+        "'ray://namespace/pool' or handles of Ray actors."
+    )
+    handles = ray_handles(target)
+    if handles:
+        return handles
     if not isinstance(target, str):
         raise ConfigurationError(f"Targets like {target!r} are not built yet. {built}")
     if target == "embedded":
@@ -282,12 +294,32 @@ def check_target(target: object) -> str:
         if not rest.removeprefix("//").startswith(os.sep):
             raise ConfigurationError(f"{target!r} needs an absolute path. {built}")
         return target
+    if scheme == "ray":
+        try:
+            pool_of(target)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{error} {built}") from None
+        return target
     if "://" in target:
         raise ConfigurationError(f"Targets like {target!r} are not built yet. {built}")
     host, _, port = target.rpartition(":")
     if not (host and port.isdigit() and 0 < int(port) < 65536):
         raise ConfigurationError(f"{target!r} is not a target. {built}")
     return target
+
+
+def ray_handles(target: object) -> tuple[Any, ...]:
+    """Find the handles of Ray actors that a target is.
+
+    Returns:
+        They; none if it is anything else.
+    """
+    # Who has no Ray has no handles: skfac works without.
+    actor = sys.modules.get("ray.actor")
+    several = target if isinstance(target, list | tuple) else (target,)
+    if actor is None or not all(isinstance(h, actor.ActorHandle) for h in several):
+        return ()
+    return tuple(several)
 
 
 def _not_built(name: str, value: object, choices: _Choices) -> str:

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import grpc
-import tenacity
 import torch
 from torch import Tensor
 
 from skfac.client.capture import PendingSnapshot
+from skfac.client.connection import keep_connected
 from skfac.client.link import Link
 from skfac.client.outbox import Outbox
 from skfac.client.shared_link import SharedLink
@@ -30,7 +30,6 @@ from skfac.wire.errors import (
     LimitExceededError,
     ServerUnavailableError,
     ServiceError,
-    SessionNotFoundError,
     error_of,
 )
 from skfac.wire.frames import decode_frame
@@ -43,9 +42,6 @@ logger = logging.getLogger(__name__)
 _CALL_TIMEOUT_S = 10.0
 _STREAM_TIMEOUT_S = 3600.0  # then it is opened anew; nothing waits without an end
 _GOODBYE_TIMEOUT_S = 1.0
-_PAUSE_S = 0.1  # between two connections, should a server drop each at once
-_BACKOFF = tenacity.wait_random_exponential(multiplier=0.2, max=5.0)
-_TRANSIENT = (ServerUnavailableError, SessionNotFoundError)
 
 _T = TypeVar("_T")
 
@@ -160,31 +156,8 @@ class GrpcTransport:
     # ---------------------------------------------------------------- the link
 
     def _run(self) -> None:
-        connect = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(_TRANSIENT),
-            wait=_BACKOFF,
-            sleep=tenacity.sleep_using_event(self._closed),
-            stop=tenacity.stop_when_event_set(self._closed),
-            before_sleep=self._log_first_failure,
-            reraise=True,
-        )
         keep_large_blocks()
-        with self._link.guard():
-            while not self._closed.is_set():
-                try:
-                    connect(self._connect_and_serve)
-                except _TRANSIENT:
-                    continue  # only when closed
-                except ServiceError as error:
-                    logger.error("%s refuses this trainer: %s", self._target, error)
-                    self._link.fail(error)
-                    return
-                self._closed.wait(_PAUSE_S)
-
-    def _log_first_failure(self, state: tenacity.RetryCallState) -> None:
-        if state.attempt_number == 1 and state.outcome is not None:
-            error = state.outcome.exception()
-            logger.warning("No server at %s yet: %s", self._target, error)
+        keep_connected(self._connect_and_serve, self._target, self._link, self._closed)
 
     def _connect_and_serve(self) -> None:
         # Raises only if no connection came about, so that each outage starts with the

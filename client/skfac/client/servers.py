@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from skfac.client.capture import PendingSnapshot
+from skfac.client.config import Target, check_target, check_targets, ray_handles
 from skfac.client.layer_map import LayerMap
 from skfac.client.store import Store
 from skfac.client.transport import Transport, connect
@@ -15,9 +16,6 @@ from skfac.client.world import World
 from skfac.wire.errors import ConfigurationError
 from skfac.wire.session import SessionSpec
 from skfac.wire.state import LayerState, SessionState
-
-Target = str | Sequence[str]
-"""What a trainer passes: one target, or a list of addresses."""
 
 _DNS = "dns:///"
 
@@ -33,12 +31,12 @@ class Servers:
     """
 
     def __init__(
-        self, targets: Sequence[str], spec: SessionSpec, world: World, store: Store
+        self, targets: Sequence[Target], spec: SessionSpec, world: World, store: Store
     ) -> None:
         self.targets = tuple(targets)
         self._world = world
         self._store = store
-        self._map = LayerMap(spec.layers, targets)
+        self._map = LayerMap(spec.layers, list(map(str, targets)))
         self._assigned = self._map.at([True] * len(targets))
         self._transports: list[Transport] = []
         try:
@@ -112,28 +110,35 @@ class Servers:
             transport.close()
 
 
-def targets_of(target: Target, world: World) -> tuple[str, ...]:
+def targets_of(target: object, world: World) -> tuple[Target, ...]:
     """Find the servers that a target stands for, the same on all ranks.
 
     Args:
         target: What the trainer passed; `dns:///name:port` stands for every address of
-            the name.
+            the name, and all handles of Ray actors together for one of them.
         world: Rank 0 looks names up for all.
 
     Returns:
         One target a server.
 
     Raises:
-        ConfigurationError: If there is none, or a name is unknown.
+        ConfigurationError: If there is none, one is no target, or a name is unknown.
     """
-    names = [target] if isinstance(target, str) else list(target)
+    if handles := ray_handles(target):
+        return (handles,)
+    names = target if isinstance(target, list | tuple) else [target]
     found: list[str] = []
     for name in names:
-        found += _resolved(name) if name.startswith(_DNS) else [name]
+        if isinstance(name, str) and name.startswith(_DNS):
+            found += _resolved(name)
+        else:
+            found.append(str(check_target(name)))
     shared = world.share("\n".join(dict.fromkeys(found)))
     if not shared:
         raise ConfigurationError("target is an empty list: name at least one server.")
-    return tuple(shared.split("\n"))
+    targets = tuple(shared.split("\n"))
+    check_targets(targets)
+    return targets
 
 
 def _resolved(target: str) -> list[str]:

@@ -53,11 +53,11 @@ class Transport(Protocol):
         """Leave the session and end all threads; idempotent."""
 
 
-def connect(target: str, spec: SessionSpec, rank: int, link: Link) -> Transport:
+def connect(target: object, spec: SessionSpec, rank: int, link: Link) -> Transport:
     """Start the transport that a target needs.
 
     Args:
-        target: `"embedded"`, `"host:port"` or `"unix:path"`.
+        target: As `check_target` takes it.
         spec: The session to open.
         rank: Of this process.
         link: Takes the outcomes.
@@ -66,13 +66,19 @@ def connect(target: str, spec: SessionSpec, rank: int, link: Link) -> Transport:
         The running transport.
 
     Raises:
-        ConfigurationError: If the target is not one of these.
+        ConfigurationError: If the target is none of these, or needs what is not
+            installed.
     """
-    if check_target(target) == "embedded":
+    checked = check_target(target)
+    if checked == "embedded":
         # The one place where the client needs the server's code.
         from skfac.client.embedded import EmbeddedTransport
 
         return EmbeddedTransport(spec, link)
+    if not isinstance(checked, str) or checked.startswith("ray:"):
+        from skfac.client.ray_transport import RayTransport  # needs Ray
+
+        return RayTransport(checked, spec, rank, link)
     from skfac.client.grpc_transport import GrpcTransport
 
-    return GrpcTransport(target, spec, rank, link)
+    return GrpcTransport(checked, spec, rank, link)

@@ -1,4 +1,4 @@
-"""The command line: `skfac serve` and `skfac status`."""
+"""The command line: `skfac serve`, `skfac status` and `skfac ray`."""
 
 import json
 import logging
@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.live import Live
 
 from skfac.service.config import ServiceConfig
+from skfac.service.ray_main import name_and_value, ray_app
 from skfac.service.server import Server
 from skfac.service.table import status_table
 from skfac.v1 import preconditioning_pb2 as pb
@@ -29,6 +30,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.add_typer(ray_app, name="ray")
 
 
 @app.command()
@@ -63,7 +65,7 @@ def serve(
     """
     named = {"address": address, "metrics_address": metrics_address, "device": device}
     flags = {name: value for name, value in named.items() if value is not None}
-    flags |= dict(map(_name_and_value, settings or []))
+    flags |= dict(map(name_and_value, settings or []))
     try:
         loaded = ServiceConfig.load(config, flags)
     except (ValidationError, SettingsError, FileNotFoundError, ValueError) as error:
@@ -125,13 +127,6 @@ def status(
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             raise typer.Exit(0) from None
-
-
-def _name_and_value(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise typer.BadParameter(f"--set takes NAME=VALUE, got {text!r}.")
-    return name, value
 
 
 def _usage_error(error: Exception) -> typer.BadParameter:
