@@ -14,7 +14,7 @@ from torch import Tensor
 
 from skfac.client.capture import PendingSnapshot
 from skfac.client.config import Target
-from skfac.client.link import keep_connected
+from skfac.client.reconnect import keep_connected
 from skfac.client.outbox import Outbox
 from skfac.client.store import Store
 from skfac.wire.codec import (
