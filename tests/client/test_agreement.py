@@ -60,7 +60,7 @@ def store_of(ranks: int, lag: int, update_every: int) -> Store:
             on_late="keep",
         )
     )
-    store.set_link(up=True)
+    store.link(0).set_link(up=True)
     return store
 
 
@@ -72,13 +72,13 @@ def version(layer: int, step: int) -> Version:
 
 def happen(store: Store, event: Event) -> None:
     if event.kind == "version":
-        store.receive([version(event.layer, event.captured)])
+        store.link(0).receive([version(event.layer, event.captured)])
     elif event.kind == "loss":
-        store.receive([Loss(event.layer, event.captured, "failed", "")])
+        store.link(0).receive([Loss(event.layer, event.captured, "failed", "")])
     elif event.kind == "lose":
-        store.lose(event.captured, "superseded", "")
+        store.link(0).lose(event.captured, "superseded", "")
     else:
-        store.set_link(up=event.kind == "up")
+        store.link(0).set_link(up=event.kind == "up")
 
 
 def in_use(store: Store) -> list[int | None]:

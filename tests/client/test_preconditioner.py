@@ -163,8 +163,8 @@ def test_a_snapshot_is_forgotten_once_its_outcome_is_known(embedded):
                 pre.step()
                 optimizer.zero_grad()
             pre.state_dict()  # waits for what is on its way
-            pre._transport.push(pre._capture.take(9))
-            kept = list(pre._transport._outbox._snapshots)  # type: ignore[attr-defined]
+            pre._servers._transports[0].push(pre._capture.take(9))
+            kept = list(pre._servers._transports[0]._outbox._snapshots)  # type: ignore[attr-defined]
     assert kept in ([9], [])
 
 
@@ -225,8 +225,8 @@ def test_versions_that_are_too_old_are_not_used():
     ) as pre:
         backward(model, 0)
         pre.step()
-        pre._store.set_link(up=False)
-        pre._transport.push = lambda snapshot: None  # type: ignore[method-assign]
+        pre._store.link(0).set_link(up=False)
+        pre._servers.push = lambda snapshot: None  # type: ignore[method-assign]
         raw = []
         for step in range(1, 6):
             optimizer.zero_grad()
@@ -286,13 +286,13 @@ def test_the_monte_carlo_fisher_is_of_the_model_s_own_targets():
         model, optimizer, update_every=2, lag=0, fisher="monte_carlo"
     ) as pre:
         pushed = []
-        push = pre._transport.push
+        push = pre._servers.push
 
         def record(snapshot):
             pushed.append(snapshot.wait().layers[0].derivatives)
             push(snapshot)
 
-        pre._transport.push = record  # type: ignore[method-assign]
+        pre._servers.push = record  # type: ignore[method-assign]
         for _ in range(3):
             outputs = model(torch.randn(4, 3))
             pre.capture_from((outputs * torch.tensor([5.0, 7.0])).sum(1).mean())

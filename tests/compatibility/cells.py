@@ -228,7 +228,7 @@ def record_rows(preconditioner: Preconditioner) -> list[tuple[LayerRows, ...]]:
     Returns:
         A list that grows.
     """
-    transport = preconditioner._transport
+    transport = preconditioner._servers
     push, pushed = transport.push, []
 
     def record(snapshot: Any) -> None:

@@ -48,14 +48,15 @@ class Trainer:
 
     def __init__(self, target: str, spec: SessionSpec, rank: int = 0) -> None:
         self.spec, self.store = spec, Store(spec)
-        self.transport: Transport = connect(target, spec, rank, self.store)
+        self.transport: Transport = connect(target, spec, rank, self.store.link(0))
 
     def push(self, *sent: Snapshot) -> None:
         for one in sent:
-            copies = (
-                HostCopy([r.activations, r.derivatives], None) for r in one.layers
-            )
-            pending = PendingSnapshot(one.rank, one.step, one.settings, tuple(copies))
+            copies = {
+                rows.layer: HostCopy([rows.activations, rows.derivatives], None)
+                for rows in one.layers
+            }
+            pending = PendingSnapshot(one.rank, one.step, one.settings, copies)
             self.store.expect(one.step)
             self.transport.push(pending)
 
@@ -69,14 +70,14 @@ class Trainer:
     def wait_for_link(self, *, up: bool) -> None:
         with self.store._changed:
             changed = self.store._changed
-            assert changed.wait_for(lambda: self.store.link_up is up, LONG_S)
+            assert changed.wait_for(lambda: self.store.links == [up], LONG_S)
 
 
 @contextmanager
 def trainer_of(target: str, spec: SessionSpec, rank: int = 0) -> Iterator[Trainer]:
     trainer = Trainer(target, spec, rank)
     try:
-        assert trainer.store.await_link(LONG_S)
+        assert trainer.store.await_links(LONG_S)
         yield trainer
     finally:
         trainer.transport.close()
@@ -181,7 +182,7 @@ def test_closing_is_idempotent_and_ends_all_threads(target, spec):
     mine = [t for t in set(threading.enumerate()) - before if "skfac" in t.name]
 
     assert not mine
-    assert not trainer.store.link_up
+    assert trainer.store.links == [False]
     assert trainer.transport.export_state(0.1) is None
 
 
@@ -190,10 +191,10 @@ def test_closing_is_idempotent_and_ends_all_threads(target, spec):
 
 def refusal_of(target: str, spec: SessionSpec, rank: int = 0) -> ServiceError:
     store = Store(spec)
-    transport = connect(target, spec, rank, store)
+    transport = connect(target, spec, rank, store.link(0))
     try:
         with pytest.raises(ServiceError) as caught:
-            store.await_link(LONG_S)
+            store.await_links(LONG_S)
         return caught.value
     finally:
         transport.close()

@@ -13,7 +13,7 @@ from skfac.curvature.history import LayerHistory
 from skfac.curvature.layer import LayerPreconditioner
 from skfac.curvature.positions import Positions
 from skfac.curvature.settings import CurvatureSettings, History
-from skfac.curvature.trust import kl_scale
+from skfac.curvature.trust import inner, kl_scale
 from tests.support.models import backward, flat_parameters, sgd, small_cnn
 from tests.support.servers import LONG_S, ServerProcess
 
@@ -107,8 +107,8 @@ class Reference:
             newest = self.versions[max(due)]
             steps = [v.apply(g) for v, g in zip(newest, gradients, strict=True)]
         pairs = zip(steps, gradients, strict=True)
-        inner = torch.stack([torch.sum(step * g).double() for step, g in pairs])
-        decrease = (inner * torch.full_like(inner, lr).square()).sum()
+        products = torch.stack([inner(step, g).double() for step, g in pairs])
+        decrease = (products * torch.full_like(products, lr).square()).sum()
         scale = kl_scale(decrease, kl_clip=KL_CLIP)
         for layer, step in zip(self.layers, steps, strict=True):
             step = step * scale.float()

@@ -253,15 +253,15 @@ def target(request, tmp_path):
 def pending(sent: Snapshot) -> PendingSnapshot:
     """A snapshot that is on the host already."""
     copies = (HostCopy([r.activations, r.derivatives], None) for r in sent.layers)
-    return PendingSnapshot(sent.rank, sent.step, sent.settings, tuple(copies))
+    return PendingSnapshot(sent.rank, sent.step, sent.settings, dict(enumerate(copies)))
 
 
 def run(target: str, spec: SessionSpec, steps: range, state: SessionState | None):
     """A trainer's session: import, push every step, export."""
     store = Store(spec)
-    transport = connect(target, spec, 0, store)
+    transport = connect(target, spec, 0, store.link(0))
     try:
-        assert store.await_link(TIMEOUT_S)
+        assert store.await_links(TIMEOUT_S)
         imported = state is None or transport.import_state(state, TIMEOUT_S)
         for step in steps:
             store.expect(step)
@@ -301,7 +301,7 @@ def test_a_transport_says_why_a_server_refuses_a_state(target, caplog):
 
 def test_a_transport_without_a_server_has_no_state(tmp_path, caplog):
     spec = spec_with("ema")
-    transport = connect(f"unix:{tmp_path}/nobody.sock", spec, Store(spec))
+    transport = connect(f"unix:{tmp_path}/nobody.sock", spec, 0, Store(spec).link(0))
 
     assert transport.export_state(0.1) is None
     assert not transport.import_state(state_of(spec), 0.1)
@@ -315,8 +315,8 @@ def test_a_transport_without_a_server_has_no_state(tmp_path, caplog):
 def test_a_closed_transport_has_no_state(target, caplog):
     spec = spec_with("ema")
     store = Store(spec)
-    transport = connect(target, spec, 0, store)
-    store.await_link(TIMEOUT_S)
+    transport = connect(target, spec, 0, store.link(0))
+    store.await_links(TIMEOUT_S)
     transport.close()
 
     assert transport.export_state(0.1) is None
@@ -336,8 +336,8 @@ def test_a_server_that_does_not_answer_in_time_gives_no_state(monkeypatch, caplo
 
         monkeypatch.setattr(server._engine, "export_state", slow)
         store = Store(spec)
-        transport = connect(server.address, spec, store)
-        assert store.await_link(TIMEOUT_S)
+        transport = connect(server.address, spec, 0, store.link(0))
+        assert store.await_links(TIMEOUT_S)
 
         assert transport.export_state(0.05) is None
         release.set()

@@ -1,9 +1,9 @@
 """Collects the rows of every layer during a training step's forward and backward."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,20 +15,20 @@ from skfac.client.hooks import HookedLayers, backward_id, without_autocast
 from skfac.client.layers import TrackedLayer
 from skfac.client.phases import phase
 from skfac.curvature.geometry import LayerGeometry
-from skfac.curvature.positions import Positions, draw_positions
+from skfac.curvature.positions import Empty, Positions, draw_positions
 from skfac.curvature.settings import CurvatureSettings
 from skfac.wire.snapshot import LayerRows, Snapshot
 from skfac.wire.staging import HostCopy, Staging
 
 logger = logging.getLogger(__name__)
 
-HostMemory = Callable[[Sequence[int], torch.dtype], Tensor]
-"""Makes memory on the CPU."""
+HostMemory = Callable[[int, Sequence[int], torch.dtype], Tensor]
+"""Makes memory on the CPU for the rows of a layer."""
 
 _CALLS_PER_SEED = 1000  # forwards of one layer in one step, far beyond any model
 
 
-def host_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def host_memory(layer: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Make memory for rows that need not be anywhere in particular.
 
     Returns:
@@ -63,7 +63,7 @@ class PendingSnapshot:
     rank: int
     step: int
     settings: CurvatureSettings
-    _copies: tuple[HostCopy, ...]
+    _copies: Mapping[int, HostCopy]
 
     def wait(self) -> Snapshot:
         """Block until the rows are in host memory.
@@ -71,9 +71,17 @@ class PendingSnapshot:
         Returns:
             The snapshot.
         """
-        pairs = (copy.wait() for copy in self._copies)
-        rows = (LayerRows(index, a, d) for index, (a, d) in enumerate(pairs))
+        pairs = ((index, copy.wait()) for index, copy in self._copies.items())
+        rows = (LayerRows(index, a, d) for index, (a, d) in pairs)
         return Snapshot(self.rank, self.step, self.settings, tuple(rows))
+
+    def only(self, layers: Iterable[int]) -> "PendingSnapshot":
+        """Leave out the rows of all layers but some.
+
+        Returns:
+            A snapshot that shares the rows.
+        """
+        return replace(self, _copies={index: self._copies[index] for index in layers})
 
 
 class _Tap(torch.autograd.Function):
@@ -163,16 +171,18 @@ class Capture:
             ConfigurationError: If a schedule gives a value out of range.
         """
         settings = self._config.curvature_at(step)
-        copies = []
-        for layer, calls in zip(self._layers, self._calls, strict=True):
+        copies = {}
+        for (index, layer), calls in zip(
+            enumerate(self._layers), self._calls, strict=True
+        ):
             rows = self._joined(layer, calls)
             # By the rows' device: a model may be moved after it was wrapped.
             device = rows[0].device
             if device not in self._staging:
                 self._staging[device] = Staging(device)
-            copies.append(self._staging[device].to_host(rows))
+            copies[index] = self._staging[device].to_host(rows)
             calls.clear()
-        return PendingSnapshot(self._rank, step, settings, tuple(copies))
+        return PendingSnapshot(self._rank, step, settings, copies)
 
     def close(self) -> None:
         """Remove the hooks; idempotent."""
@@ -210,9 +220,10 @@ class Capture:
         geometry = layer.geometry
         batch, count = geometry.extents(output)
         positions = self._draw(self._step, index, count)
+        empty = partial(self._empty, index)
         try:
             with phase("capture"):
-                rows = self._activation_rows(geometry, inputs.detach(), positions)
+                rows = self._activation_rows(geometry, inputs, positions, empty)
         except ValueError as error:  # a call that the geometry does not describe
             self._say_unsupported(layer.name, error)
             return None
@@ -229,7 +240,7 @@ class Capture:
                     derivatives.detach().to(self._dtype),
                     positions,
                     scale=scale,
-                    empty=self._empty,
+                    empty=empty,
                 )
             if self._sampling:  # of no gradient, but wanted
                 call.add(found)
@@ -254,18 +265,23 @@ class Capture:
 
     @torch.no_grad()
     def _activation_rows(
-        self, geometry: LayerGeometry, inputs: Tensor, positions: Positions
+        self,
+        geometry: LayerGeometry,
+        inputs: Tensor,
+        positions: Positions,
+        empty: Empty,
     ) -> Tensor:
+        inputs = inputs.detach()
         if inputs.is_floating_point():  # tokens are not
             inputs = inputs.to(self._dtype)
-        rows = geometry.activation_rows(inputs, positions, self._empty)
+        rows = geometry.activation_rows(inputs, positions, empty)
         return rows.to(self._dtype)
 
-    def _empty(self, shape: Sequence[int], like: Tensor) -> Tensor:
+    def _empty(self, index: int, shape: Sequence[int], like: Tensor) -> Tensor:
         # Where they can be sent from without a copy, if they are on the host.
         if like.device.type != "cpu":
             return like.new_empty(shape)
-        return self._host_empty(shape, like.dtype)
+        return self._host_empty(index, shape, like.dtype)
 
     def _say_unsupported(self, name: str, error: ValueError) -> None:
         # Its rows are missing then: the layer keeps the version that it has.

@@ -3,11 +3,14 @@
 import logging
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
 
 from skfac.client.capture import PendingSnapshot
+from skfac.client.link import Link
 from skfac.client.outbox import Outbox
-from skfac.client.store import Store
 from skfac.service.config import EngineConfig
 from skfac.service.local_engine import LocalEngine
 from skfac.wire.errors import ServiceError
@@ -26,15 +29,15 @@ class EmbeddedTransport:
         ServiceError: If the session is over a limit of the engine.
     """
 
-    def __init__(self, spec: SessionSpec, store: Store) -> None:
-        self._store = store
+    def __init__(self, spec: SessionSpec, link: Link) -> None:
+        self._link = link
         self._engine = LocalEngine(EngineConfig())
         try:
             self._session_id = self._engine.open_session(spec, rank=0).session_id
         except ServiceError:
             self._engine.close()
             raise
-        self._subscription = self._engine.subscribe(self._session_id, store.newest())
+        self._subscription = self._engine.subscribe(self._session_id, link.newest())
         self._outbox = Outbox(spec.versions_in_flight + 1)
         self._stop = threading.Event()
         self._counts: Counter[str] = Counter(connects=1)
@@ -42,14 +45,22 @@ class EmbeddedTransport:
             threading.Thread(target=self._send, name="skfac-send", daemon=True),
             threading.Thread(target=self._receive, name="skfac-receive", daemon=True),
         ]
-        store.set_link(up=True)
+        link.set_link(up=True)
         for thread in self._threads:
             thread.start()
 
     def push(self, snapshot: PendingSnapshot) -> None:
         """Take a snapshot and return at once."""
         for step in self._outbox.put(snapshot):
-            self._store.lose(step, "superseded", "The sender did not keep up.")
+            self._link.lose(step, "superseded", "The sender did not keep up.")
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Make memory for rows.
+
+        Returns:
+            A tensor on the CPU, of any content.
+        """
+        return torch.empty(tuple(shape), dtype=dtype)
 
     def export_state(self, timeout_s: float) -> SessionState | None:
         """Copy what the engine keeps of earlier updates; it takes no time.
@@ -92,20 +103,20 @@ class EmbeddedTransport:
         for thread in self._threads:
             thread.join()
         self._engine.close()
-        self._store.set_link(up=False)
+        self._link.set_link(up=False)
 
     def _send(self) -> None:
         step = -1
-        with self._store.guard():
+        with self._link.guard():
             while (snapshot := self._outbox.next_after(step, self._stop)) is not None:
                 step = snapshot.step
                 try:
                     self._engine.submit(self._session_id, snapshot)
                 except ServiceError as error:
-                    self._store.lose(step, "refused", str(error))
+                    self._link.lose(step, "refused", str(error))
                 self._outbox.discard(step)
 
     def _receive(self) -> None:
-        with self._store.guard():
+        with self._link.guard():
             while not self._stop.is_set():
-                self._store.receive(self._subscription.take(_LOOK_AROUND_S))
+                self._link.receive(self._subscription.take(_LOOK_AROUND_S))

@@ -3,15 +3,17 @@
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import grpc
 import tenacity
+import torch
+from torch import Tensor
 
 from skfac.client.capture import PendingSnapshot
+from skfac.client.link import Link
 from skfac.client.outbox import Outbox
-from skfac.client.store import Store
 from skfac.v1 import preconditioning_pb2 as pb
 from skfac.v1 import preconditioning_pb2_grpc as rpc
 from skfac.wire.channel import CLIENT_OPTIONS, SERVICE
@@ -55,11 +57,11 @@ class GrpcTransport:
     that it has already.
     """
 
-    def __init__(self, target: str, spec: SessionSpec, rank: int, store: Store) -> None:
+    def __init__(self, target: str, spec: SessionSpec, rank: int, link: Link) -> None:
         self._target = target
         self._spec = spec
         self._rank = rank
-        self._store = store
+        self._link = link
         self._outbox = Outbox(spec.versions_in_flight + 1)
         self._closed = threading.Event()
         self._calls: list[Any] = []
@@ -73,7 +75,15 @@ class GrpcTransport:
     def push(self, snapshot: PendingSnapshot) -> None:
         """Take a snapshot and return at once."""
         for step in self._outbox.put(snapshot):
-            self._store.lose(step, "superseded", "The sender did not keep up.")
+            self._link.lose(step, "superseded", "The sender did not keep up.")
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Make memory for rows.
+
+        Returns:
+            A tensor on the CPU, of any content.
+        """
+        return torch.empty(tuple(shape), dtype=dtype)
 
     def export_state(self, timeout_s: float) -> SessionState | None:
         """Copy what the server keeps of earlier updates.
@@ -150,7 +160,7 @@ class GrpcTransport:
             before_sleep=self._log_first_failure,
             reraise=True,
         )
-        with self._store.guard():
+        with self._link.guard():
             while not self._closed.is_set():
                 try:
                     connect(self._connect_and_serve)
@@ -158,7 +168,7 @@ class GrpcTransport:
                     continue  # only when closed
                 except ServiceError as error:
                     logger.error("%s refuses this trainer: %s", self._target, error)
-                    self._store.fail(error)
+                    self._link.fail(error)
                     return
                 self._closed.wait(_PAUSE_S)
 
@@ -174,11 +184,11 @@ class GrpcTransport:
             session_id = self._open(channel)
             self._counts["connects"] += 1
             self._connection = channel, session_id
-            self._store.set_link(up=True)
+            self._link.set_link(up=True)
             logger.info("Connected to %s.", self._target)
             error = self._serve(channel, session_id)
             self._connection = None
-            self._store.set_link(up=False)
+            self._link.set_link(up=False)
             if self._closed.is_set():
                 self._say_goodbye(channel, session_id)
                 return
@@ -275,12 +285,12 @@ class GrpcTransport:
         for ack in acks:
             if ack.HasField("refusal"):
                 self._outbox.discard(ack.step)
-                self._store.lose(ack.step, "refused", ack.refusal.message)
+                self._link.lose(ack.step, "refused", ack.refusal.message)
 
     def _subscription(self, session_id: str) -> pb.StreamPreconditionersRequest:
         held = (
             pb.HeldVersion(layer=layer, step=step)
-            for layer, step in self._store.newest().items()
+            for layer, step in self._link.newest().items()
         )
         return pb.StreamPreconditionersRequest(
             session_id=session_id, rank=self._rank, held=held
@@ -299,7 +309,7 @@ class GrpcTransport:
             buffer.write(frame.payload)
             if buffer.complete:
                 outcomes = build_outcomes(message, buffer.tensors())
-                for step in self._store.receive(outcomes):
+                for step in self._link.receive(outcomes):
                     self._outbox.discard(step)
                 message, buffer = None, None
 

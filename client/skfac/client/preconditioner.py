@@ -16,7 +16,7 @@ from skfac.client.adaptive import LevenbergMarquardt
 from skfac.client.apply import Apply
 from skfac.client.capture import Capture
 from skfac.client.checkpoint import from_state_dict, to_state_dict
-from skfac.client.config import PreconditionerConfig, Target, check_target
+from skfac.client.config import PreconditionerConfig, check_targets
 from skfac.client.due import DueVersions
 from skfac.client.layers import track_layers
 from skfac.client.loss_scale import LossScale
@@ -24,8 +24,8 @@ from skfac.client.phases import phase
 from skfac.client.ready import ReadyVersions
 from skfac.client.report import describe
 from skfac.client.row_space import RowSpace
+from skfac.client.servers import Servers, Target, targets_of
 from skfac.client.store import Store
-from skfac.client.transport import connect
 from skfac.client.world import check_ranks, world_of
 from skfac.curvature.layer import LayerPreconditioner
 from skfac.wire.errors import (
@@ -62,14 +62,16 @@ class Preconditioner:
             `PassThroughWarning` says.
         optimizer: Any torch optimizer; its learning rates set the trust region.
         target: `"embedded"` runs the engine on a thread of this process, `"host:port"`
-            or `"unix:/path"` uses a server, and `"ray://namespace/pool"` or handles of
-            Ray actors what `skfac.service.ray` started. One that cannot be reached is
-            tried again in the background; training goes on meanwhile.
+            or `"unix:/path"` uses a server, `"ray://namespace/pool"` or the handle of a
+            Ray actor what `skfac.service.ray` started. A list of those spreads the
+            layers over several, and so does `"dns:///name:port"` over all addresses of
+            a name. One that cannot be reached is tried again in the background;
+            training goes on meanwhile.
         settings: The attributes of `PreconditionerConfig`.
 
     Raises:
         ConfigurationError: If a setting is wrong, the model has no layer to
-            precondition, or ranks train together (not built yet).
+            precondition, or several ranks have no server.
         ServiceError: If the server refuses this trainer.
     """
 
@@ -78,13 +80,14 @@ class Preconditioner:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
-        target: object = "embedded",
+        target: Target = "embedded",
         **settings: Any,  # noqa: ANN401  # the attributes of PreconditionerConfig
     ) -> None:
         self.config = config = PreconditionerConfig.of(settings)
-        where = check_target(target)
         self._world = world = world_of(config.process_group)
-        check_ranks(world, where, config.apply)
+        targets = targets_of(target, world)
+        check_targets(targets)
+        check_ranks(world, targets, config.apply)
         self._layers = track_layers(model, optimizer, config.skip)
         spec = SessionSpec(
             job=world.share(config.job or _made_up_job()),
@@ -102,11 +105,11 @@ class Preconditioner:
         self._raw = 0
         self._sampled = False
         self._closed = False
-        self._store = Store(spec)
+        self._store = Store(spec, len(targets))
         self._due = DueVersions(self._store, config, world, len(self._layers))
         self._ready = ReadyVersions(len(self._layers))
-        self._transport = connect(where, spec, world.rank, self._store)
-        self._capture = Capture(self._layers, config, world.rank)
+        self._servers = Servers(targets, spec, world, self._store)
+        self._capture = Capture(self._layers, config, world.rank, self._servers.empty)
         self._capture.arm(0)
         # Its hooks come before those of the capture, which listens to the output that
         # they replace.
@@ -115,7 +118,7 @@ class Preconditioner:
         self._loss_scale = LossScale(config.grad_scaler, optimizer)
         atexit.register(self.close)
         try:
-            self._await_link(where, config.at("wait_s", 0))
+            self._await_links(config.at("wait_s", 0))
         except BaseException:
             self.close()
             raise
@@ -270,7 +273,7 @@ class Preconditioner:
             "not_finite": self._apply.not_finite,
             "damping": self.config.at("damping", self._step),
             "trust_scale": None if prediction is None else float(prediction.scale),
-            "transport": dict(self._transport.counts()),
+            "transport": dict(self._servers.counts()),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -285,7 +288,7 @@ class Preconditioner:
         wait_s = self.config.at("wait_s", self._step)
         versions = self._store.settle(wait_s)
         kept = self.config.history != "snapshot"
-        history = self._transport.export_state(wait_s) if kept else None
+        history = self._servers.export_state(wait_s) if kept else None
         names = [layer.name for layer in self._layers]
         state = to_state_dict(self._step, names, versions, history)
         state["next_capture"] = self._next_capture
@@ -322,33 +325,33 @@ class Preconditioner:
         atexit.unregister(self.close)
         self._capture.close()
         self._rows.close()
-        self._transport.close()
+        self._servers.close()
 
     def _import(self, history: SessionState) -> None:
         # One rank, before any of them pushes.
         wait_s = self.config.at("wait_s", self._step)
         first = self._world.rank == 0
-        done = not first or self._transport.import_state(history, wait_s)
+        done = not first or self._servers.import_state(history, wait_s)
         if not self._world.agree([done])[0] and first:
             logger.warning("The server did not take the saved history: it starts anew.")
 
-    def _await_link(self, target: Target, wait_s: float) -> None:
+    def _await_links(self, wait_s: float) -> None:
         refusal: ServiceError | None = None
         connected = False
         try:
-            connected = self._store.await_link(wait_s)
+            connected = self._store.await_links(wait_s)
         except ServiceError as error:
             refusal = error
         # A rank that went on alone would wait for the others for ever.
         if not self._world.agree([refusal is None])[0]:
             raise refusal or ServerUnavailableError(
-                f"{target} refuses another rank of this job; see that rank's error."
+                "Another rank of this job is refused; see that rank's error."
             )
         if not connected:
             logger.warning(
                 "No server at %s after wait_s = %g s; training begins with raw "
                 "gradients.",
-                target,
+                ", ".join(self._servers.targets),
                 wait_s,
             )
 
@@ -369,8 +372,7 @@ class Preconditioner:
             snapshot = self._capture.take(step)
         update_every = int(self.config.at("update_every", step))
         with phase("enqueue"):
-            self._store.expect(step)
-            self._transport.push(snapshot)
+            self._servers.push(snapshot)
         self._next_capture = step + update_every
         self._sampled = False
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from skfac.client.capture import PendingSnapshot
-from skfac.client.config import Target
-from skfac.client.reconnect import keep_connected
+from skfac.client.handles import ActorTarget
+from skfac.client.link import Link
 from skfac.client.outbox import Outbox
-from skfac.client.store import Store
+from skfac.client.reconnect import keep_connected
 from skfac.wire.codec import (
     build_outcomes,
     decode_outcomes_manifest,
@@ -71,21 +71,19 @@ class RayTransport:
         ConfigurationError: If this process is in no cluster of Ray and finds none.
     """
 
-    def __init__(
-        self, target: Target, spec: SessionSpec, rank: int, store: Store
-    ) -> None:
+    def __init__(self, target: str, spec: SessionSpec, rank: int, link: Link) -> None:
         _join_cluster()
         self._target = target
         self._spec = spec
         self._rank = rank
-        self._store = store
+        self._link = link
         self._outbox = Outbox(spec.versions_in_flight + 1)
         self._closed = threading.Event()
-        self._link: tuple[_Actor, str] | None = None  # the actor and the session
+        self._session: tuple[_Actor, str] | None = None  # the actor and the session
         self._counts: Counter[str] = Counter()
         self._thread = threading.Thread(
             target=keep_connected,
-            args=(self._connect_and_serve, target, store, self._closed),
+            args=(self._connect_and_serve, target, link, self._closed),
             name="skfac-link",
             daemon=True,
         )
@@ -94,7 +92,7 @@ class RayTransport:
     def push(self, snapshot: PendingSnapshot) -> None:
         """Take a snapshot and return at once."""
         for step in self._outbox.put(snapshot):
-            self._store.lose(step, "superseded", "The sender did not keep up.")
+            self._link.lose(step, "superseded", "The sender did not keep up.")
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Make memory for rows; the object store gets a copy of them.
@@ -157,15 +155,15 @@ class RayTransport:
         # shortest pause.
         actor = _find(self._target, self._spec.job)
         session_id = self._open(actor)
-        held = self._store.newest()
+        held = self._link.newest()
         subscription = self._call(actor.subscribe, session_id, held)
         self._counts["connects"] += 1
-        self._link = actor, session_id
-        self._store.set_link(up=True)
+        self._session = actor, session_id
+        self._link.set_link(up=True)
         logger.info("Connected to %s.", self._target)
         error = self._serve(actor, session_id, subscription)
-        self._link = None
-        self._store.set_link(up=False)
+        self._session = None
+        self._link.set_link(up=False)
         if self._closed.is_set():
             self._say_goodbye(actor, session_id, subscription)
             return
@@ -235,7 +233,7 @@ class RayTransport:
                 self._counts["sent_bytes"] += sum(array.nbytes for array in arrays)
             except _REFUSALS as error:
                 self._outbox.discard(step)
-                self._store.lose(step, "refused", str(error))
+                self._link.lose(step, "refused", str(error))
 
     def _receive(self, actor: _Actor, subscription: str, stop: threading.Event) -> None:
         while not stop.is_set():
@@ -246,7 +244,7 @@ class RayTransport:
             frames = list(frames_of(arrays))
             self._counts["received_bytes"] += sum(map(len, frames))
             for outcomes in _decoded(frames):
-                for step in self._store.receive(outcomes):
+                for step in self._link.receive(outcomes):
                     self._outbox.discard(step)
 
     def _say_goodbye(self, actor: _Actor, session_id: str, subscription: str) -> None:
@@ -261,10 +259,10 @@ class RayTransport:
     # ---------------------------------------------------------------- calls
 
     def _connected(self) -> tuple[_Actor, str]:
-        link = self._link
-        if link is None:
+        session = self._session
+        if session is None:
             raise ServerUnavailableError("No server is connected.")
-        return link
+        return session
 
     def _call(
         self,
@@ -298,18 +296,20 @@ def _join_cluster() -> None:
         ) from None
 
 
-def _find(target: Target, job: str) -> _Actor:
-    if not isinstance(target, str):
-        return target[actor_of_job(job, len(target))]
-    namespace, pool = pool_of(target)
+def _find(target: str, job: str) -> _Actor:
+    if isinstance(target, ActorTarget):
+        return target.handle
+    namespace, pool, index = pool_of(target)
     try:
         with _service_errors():
             everywhere = ray.util.list_named_actors(all_namespaces=True)
             here = [a["name"] for a in everywhere if a["namespace"] == namespace]
             names = actors_of(pool, here)
-            if not names:
-                raise ServerUnavailableError(f"There is no pool {target}.")
-            return ray.get_actor(names[actor_of_job(job, len(names))], namespace)
+            if index is None and names:
+                index = actor_of_job(job, len(names))
+            if index is None or index >= len(names):
+                raise ServerUnavailableError(f"There is no {target}.")
+            return ray.get_actor(names[index], namespace)
     except ValueError as error:  # the actor is gone for good, and its name with it
         raise ServerUnavailableError(str(error)) from None
 

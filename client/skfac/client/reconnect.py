@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import tenacity
 
-from skfac.client.store import Store
+from skfac.client.link import Link
 from skfac.wire.errors import (
     ServerUnavailableError,
     ServiceError,
@@ -23,7 +23,7 @@ _TRANSIENT = (ServerUnavailableError, SessionNotFoundError)
 def keep_connected(
     connect_and_serve: Callable[[], None],
     target: object,
-    store: Store,
+    link: Link,
     closed: threading.Event,
 ) -> None:
     """Serve one connection after the other until closed, or refused for good.
@@ -32,7 +32,7 @@ def keep_connected(
         connect_and_serve: Returns when a connection has ended; raises a `ServiceError`
             if none came about.
         target: What it connects to, for people.
-        store: Learns of a refusal, or a bug.
+        link: Learns of a refusal, or a bug.
         closed: Ends it.
     """
 
@@ -49,7 +49,7 @@ def keep_connected(
         before_sleep=log_first_failure,
         reraise=True,
     )
-    with store.guard():
+    with link.guard():
         while not closed.is_set():
             try:
                 connect(connect_and_serve)
@@ -57,6 +57,6 @@ def keep_connected(
                 continue  # only when closed
             except ServiceError as error:
                 logger.error("%s refuses this trainer: %s", target, error)
-                store.fail(error)
+                link.fail(error)
                 return
             closed.wait(_PAUSE_S)

@@ -26,7 +26,7 @@ def describe(
     """
     failure = store.failure
     return {
-        "connected": store.link_up,
+        "connected": all(store.links),
         "failure": None if failure is None else str(failure),
         "layers": {
             layer.name: _of_version(version, step)

@@ -10,10 +10,10 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from skfac.client.link import Link
 from skfac.curvature.inverse import FactorInverse
 from skfac.wire.errors import (
     LateVersionError,
@@ -32,12 +32,14 @@ class Proposal:
 
     Attributes:
         step: Capture step of the versions in question.
+        wait_s: How long this rank would have waited for them.
         on_time: Whether this is their deadline.
         flags: Whether a server may still answer; for each layer whether its version is
             here; for each layer whether nothing more is to be expected.
     """
 
     step: int
+    wait_s: float
     on_time: bool
     flags: tuple[bool, ...]
 
@@ -58,8 +60,8 @@ class StoreState:
 class Store:
     """What a trainer knows of its preconditioners.
 
-    Transports call `receive`, `lose`, `set_link` and `fail` from their threads; the
-    trainer's thread calls the rest.
+    Transports report through a `Link` from their threads; the trainer's thread calls
+    the rest. With several servers each layer's version is expected of one of them.
 
     Attributes:
         counts: What happened so far: `solved` and each reason of a loss, by layer and
@@ -70,30 +72,39 @@ class Store:
         waited_s: Time that steps spent waiting.
     """
 
-    def __init__(self, spec: SessionSpec) -> None:
+    def __init__(self, spec: SessionSpec, servers: int = 1) -> None:
         self._spec = spec
         self._changed = threading.Condition()
         self._expected: dict[int, list[Outcome | None]] = {}
         self._in_use: list[Version | None] = [None] * len(spec.layers)
-        self._link_up = False
-        self._silent = False  # waited for in vain, and nothing was heard since
-        self._failure: ServiceError | None = None
+        self._of_server: dict[int, Sequence[int]] = {}  # step -> server of each layer
+        self._links = [False] * servers
+        self._silent: set[int] = set()  # waited for in vain, and not heard since
+        self._failures: dict[int, ServiceError] = {}
         self._said: set[tuple[int | None, LossReason]] = set()
         self._updates = [0] * len(spec.layers)
         self.counts: Counter[str] = Counter()
         self.waited_s = 0.0
 
-    # ---------------------------------------------------------------- transports
+    # ---------------------------------------------------------------- links
 
-    def receive(self, outcomes: list[Outcome]) -> list[int]:
-        """Take what a server published; what nobody expects is counted and dropped.
+    def link(self, server: int) -> "Link":
+        """Give a transport what it reports to.
+
+        Returns:
+            The face of this store for one server.
+        """
+        return Link(self, server)
+
+    def receive(self, server: int, outcomes: list[Outcome]) -> list[int]:
+        """See `Link.receive`.
 
         Returns:
             The steps among them that nothing is missing of any more.
         """
         checked = [self._checked(outcome) for outcome in outcomes]
         with self._changed:
-            self._silent = False
+            self._silent.discard(server)
             for outcome in checked:
                 slots = self._expected.get(outcome.step)
                 known = outcome.layer < len(self._spec.layers)
@@ -103,45 +114,30 @@ class Store:
                 slots[outcome.layer] = outcome
                 self._count(outcome)
             self._changed.notify_all()
-            steps = {outcome.step for outcome in outcomes}
-            return [c for c in sorted(steps) if None not in self._expected.get(c, [])]
+            steps = sorted({outcome.step for outcome in outcomes})
+            return [c for c in steps if not self._missing(c, server)]
 
-    def lose(self, step: int, reason: LossReason, message: str) -> None:
-        """Give up what is missing of a step: no server will answer it."""
+    def lose(self, server: int, step: int, reason: LossReason, message: str) -> None:
+        """See `Link.lose`."""
         with self._changed:
-            slots = self._expected.get(step, [])
-            for layer, outcome in enumerate(slots):
-                if outcome is None:
-                    slots[layer] = lost = Loss(layer, step, reason, message)
-                    self._count(lost)
+            for layer in self._missing(step, server):
+                lost = Loss(layer, step, reason, message)
+                self._expected[step][layer] = lost
+                self._count(lost)
             self._changed.notify_all()
 
-    def set_link(self, *, up: bool) -> None:
-        """Tell whether a server is connected; nobody waits for one that is not."""
+    def set_link(self, server: int, *, up: bool) -> None:
+        """See `Link.set_link`."""
         with self._changed:
-            self._link_up = up
-            self._silent = False
+            self._links[server] = up
+            self._silent.discard(server)
             self._changed.notify_all()
 
-    def fail(self, error: ServiceError) -> None:
-        """Tell that no server will ever take this trainer's snapshots."""
+    def fail(self, server: int, error: ServiceError) -> None:
+        """See `Link.fail`."""
         with self._changed:
-            self._failure = error
+            self._failures[server] = error
             self._changed.notify_all()
-
-    @contextmanager
-    def guard(self) -> Iterator[None]:
-        """Turn a bug in a transport's thread into a failure that is said and counted.
-
-        Yields:
-            Nothing.
-        """
-        try:
-            yield
-        except Exception as error:
-            logger.exception("The transport failed; no more versions will come.")
-            self.set_link(up=False)
-            self.fail(ServerUnavailableError(f"{type(error).__name__}: {error}"))
 
     def newest(self) -> dict[int, int]:
         """Find the newest version that is here, in use or waiting for its step.
@@ -162,39 +158,53 @@ class Store:
     # ---------------------------------------------------------------- trainer
 
     @property
-    def link_up(self) -> bool:
-        """Whether a server is connected."""
-        return self._link_up
+    def links(self) -> list[bool]:
+        """Whether each server is connected."""
+        return list(self._links)
 
     @property
     def failure(self) -> ServiceError | None:
         """Why no server will ever answer; None while one may."""
-        return self._failure
+        if len(self._failures) < len(self._links):
+            return None
+        return next(iter(self._failures.values()))
 
     @property
     def in_use(self) -> list[Version | None]:
         """The version of each layer that the latest step used."""
         return list(self._in_use)
 
-    def await_link(self, timeout_s: float) -> bool:
-        """Wait for the first answer of a server.
+    def await_links(self, timeout_s: float) -> bool:
+        """Wait for the first answer of every server.
 
         Returns:
-            Whether one is connected.
+            Whether any is connected.
 
         Raises:
-            ServiceError: If it refuses this trainer.
+            ServiceError: If all refuse this trainer.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._link_up or self._failure, timeout_s)
-            if self._failure is not None:
-                raise self._failure
-            return self._link_up
+            self._changed.wait_for(
+                lambda: all(
+                    up or server in self._failures
+                    for server, up in enumerate(self._links)
+                ),
+                timeout_s,
+            )
+            if self.failure is not None:
+                raise self.failure
+            return any(self._links)
 
-    def expect(self, step: int) -> None:
-        """Declare that a snapshot of all layers is captured at `step`."""
+    def expect(self, step: int, servers: Sequence[int] | None = None) -> None:
+        """Declare that a snapshot of all layers is captured.
+
+        Args:
+            step: The step.
+            servers: Who is to answer for each layer; None if there is only one.
+        """
         with self._changed:
             self._expected[step] = [None] * len(self._spec.layers)
+            self._of_server[step] = servers or [0] * len(self._spec.layers)
 
     def propose(self, step: int, wait_s: float) -> Proposal | None:
         """Find what may be used from a step on, waiting for what is just due.
@@ -217,8 +227,8 @@ class Store:
             row = self._expected[newest]
             here = [isinstance(outcome, Version) for outcome in row]
             settled = [outcome is not None for outcome in row]
-            flags = (self._failure is None, *here, *settled)
-            return Proposal(newest, on_time, flags)
+            flags = (self.failure is None, *here, *settled)
+            return Proposal(newest, wait_s, on_time, flags)
 
     def adopt(self, proposal: Proposal, agreed: Sequence[bool]) -> None:
         """Use what all ranks have, and from now on.
@@ -241,9 +251,9 @@ class Store:
                     self._in_use[layer] = outcome
             for old in [c for c in self._expected if c <= proposal.step]:
                 if old < proposal.step or all(settled):
-                    del self._expected[old]
+                    del self._expected[old], self._of_server[old]
             if proposal.on_time:
-                self._look_for_late(settled, alive=alive)
+                self._look_for_late(settled, proposal.wait_s, alive=alive)
 
     def settle(self, timeout_s: float) -> StoreState:
         """Wait for everything that is expected, then copy what is there.
@@ -253,7 +263,7 @@ class Store:
         """
         with self._changed:
             self._changed.wait_for(
-                lambda: self._settled() or not self._link_up, timeout_s
+                lambda: not any(map(self._hoped_for, self._expected)), timeout_s
             )
             expected = {step: list(row) for step, row in self._expected.items()}
             return StoreState(list(self._in_use), expected)
@@ -263,25 +273,32 @@ class Store:
         with self._changed:
             self._in_use = list(state.in_use)
             self._expected = {step: list(row) for step, row in state.expected.items()}
-        for step in state.expected:
-            self.lose(step, "superseded", "The run was resumed from a checkpoint.")
+            self._of_server = {c: [0] * len(self._in_use) for c in self._expected}
+            for step, row in self._expected.items():
+                for layer, outcome in enumerate(row):
+                    if outcome is None:
+                        text = "The run was resumed from a checkpoint."
+                        row[layer] = lost = Loss(layer, step, "superseded", text)
+                        self._count(lost)
 
     # ---------------------------------------------------------------- inside
 
-    def _look_for_late(self, settled: Sequence[bool], *, alive: bool) -> None:
+    def _look_for_late(
+        self, settled: Sequence[bool], wait_s: float, *, alive: bool
+    ) -> None:
         missing = settled.count(False)
         if not missing:
             return
         self.counts["late"] += missing
         if self._spec.on_late == "keep":
             return
-        if self._failure is not None:
-            raise self._failure
+        if self._failures:
+            raise next(iter(self._failures.values()))
         if not alive:
             raise ServerUnavailableError("No server answers another rank any more.")
         raise LateVersionError(
-            f"{missing} of {len(settled)} layers have no version in time, lag = "
-            f"{self._spec.lag} steps after their snapshot."
+            f"{missing} of {len(settled)} layers have no version after wait_s = "
+            f"{wait_s:g} s, lag = {self._spec.lag} steps after their snapshot."
         )
 
     def _wait_for(self, step: int, wait_s: float) -> None:
@@ -290,16 +307,41 @@ class Store:
             return
         self.counts["waits"] += 1
         began_s = time.monotonic()
-        if policy == "wait":
-            self._changed.wait_for(lambda: None not in row or self._failure)
-        elif policy == "raise":
-            self._changed.wait_for(lambda: None not in row or self._failure, wait_s)
-        elif not self._silent:
-            self._changed.wait_for(lambda: None not in row or not self._link_up, wait_s)
+        if policy == "keep":
+            self._changed.wait_for(lambda: not self._hoped_for(step), wait_s)
+        else:
+            limit_s = None if policy == "wait" else wait_s
+            self._changed.wait_for(lambda: self._is_settled(step), limit_s)
         self.waited_s += time.monotonic() - began_s
         if None in row:
             self.counts["vain_waits"] += 1
-            self._silent = True
+            silent = (s for s, up in enumerate(self._links) if up)
+            self._silent.update(s for s in silent if self._missing(step, s))
+
+    def _missing(self, step: int, server: int) -> list[int]:
+        # Layers whose outcome this server owes.
+        slots = zip(
+            self._expected.get(step, ()), self._of_server.get(step, ()), strict=True
+        )
+        return [
+            layer
+            for layer, (outcome, owner) in enumerate(slots)
+            if outcome is None and owner == server
+        ]
+
+    def _hoped_for(self, step: int) -> bool:
+        # Whether an outcome may come soon: its server is there and not silent.
+        return any(
+            up and server not in self._silent and self._missing(step, server)
+            for server, up in enumerate(self._links)
+        )
+
+    def _is_settled(self, step: int) -> bool:
+        # Nothing more will ever come.
+        return not any(
+            server not in self._failures and self._missing(step, server)
+            for server in range(len(self._links))
+        )
 
     def _count(self, outcome: Outcome) -> None:
         if isinstance(outcome, Version):
@@ -333,9 +375,6 @@ class Store:
             version.updates,
             before,
         )
-
-    def _settled(self) -> bool:
-        return all(None not in row for row in self._expected.values())
 
     def _checked(self, outcome: Outcome) -> Outcome:
         # A server that is wrong must not change the model: such a version is lost.

@@ -1,24 +1,31 @@
 """The seam between the trainer and wherever the engine runs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
+
+import torch
+from torch import Tensor
 
 from skfac.client.capture import PendingSnapshot
 from skfac.client.config import check_target
-from skfac.client.store import Store
+from skfac.client.handles import ActorTarget
+from skfac.client.link import Link
 from skfac.wire.session import SessionSpec
 from skfac.wire.state import SessionState
 
 
 class Transport(Protocol):
-    """Brings snapshots to an engine and its outcomes to a `Store`, on its own threads.
+    """Brings snapshots to an engine and its outcomes to a `Link`, on its own threads.
 
-    It connects by itself, again and again, and tells the store about it; nothing that
+    It connects by itself, again and again, and tells the link about it; nothing that
     happens to a server is raised here.
     """
 
     def push(self, snapshot: PendingSnapshot) -> None:
         """Take a snapshot and return at once."""
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Make memory for rows, where they can be sent from without a copy."""
 
     def export_state(self, timeout_s: float) -> SessionState | None:
         """Copy what the server keeps of earlier updates.
@@ -43,14 +50,14 @@ class Transport(Protocol):
         """Leave the session and end all threads; idempotent."""
 
 
-def connect(target: object, spec: SessionSpec, rank: int, store: Store) -> Transport:
+def connect(target: str, spec: SessionSpec, rank: int, link: Link) -> Transport:
     """Start the transport that a target needs.
 
     Args:
         target: As `check_target` takes it.
         spec: The session to open.
         rank: Of this process.
-        store: Takes the outcomes.
+        link: Takes the outcomes.
 
     Returns:
         The running transport.
@@ -59,16 +66,15 @@ def connect(target: object, spec: SessionSpec, rank: int, store: Store) -> Trans
         ConfigurationError: If the target is none of these, or needs what is not
             installed.
     """
-    checked = check_target(target)
-    if checked == "embedded":
+    if check_target(target) == "embedded":
         # The one place where the client needs the server's code.
         from skfac.client.embedded import EmbeddedTransport
 
-        return EmbeddedTransport(spec, store)
-    if not isinstance(checked, str) or checked.startswith("ray:"):
+        return EmbeddedTransport(spec, link)
+    if isinstance(target, ActorTarget) or target.startswith("ray:"):
         from skfac.client.ray_transport import RayTransport  # needs Ray
 
-        return RayTransport(checked, spec, rank, store)
+        return RayTransport(target, spec, rank, link)
     from skfac.client.grpc_transport import GrpcTransport
 
-    return GrpcTransport(checked, spec, rank, store)
+    return GrpcTransport(target, spec, rank, link)
