@@ -155,7 +155,15 @@ def test_one_pattern_to_skip_may_be_a_string():
 
 @pytest.mark.parametrize(
     "target",
-    ["embedded", "localhost:1", "10.0.0.1:65535", "[::1]:5", "unix:/a/b", "ray://a/b"],
+    [
+        "embedded",
+        "localhost:1",
+        "10.0.0.1:65535",
+        "[::1]:5",
+        "unix:/a/b",
+        "ray://a/b",
+        "ray://a/b/0",
+    ],
 )
 def test_targets(target):
     assert check_target(target) == target
@@ -167,7 +175,7 @@ def test_targets(target):
         ("dns:///skfac:50051", "not built yet"),
         ("ray://a", "is not ray://namespace/pool"),
         ("ray://127.0.0.1:10001", "is not ray://namespace/pool"),
-        ((), "not built yet"),
+        (3, "not built yet"),
         (["a:1", "b:1"], "not built yet"),
         ("localhost", "is not a target"),
         ("localhost:0", "is not a target"),

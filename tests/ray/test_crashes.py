@@ -107,3 +107,20 @@ def test_a_frozen_actor_is_waited_for_once(pool):
         trainer.step_until(lambda report: max(ages(report)) <= 1)
 
     assert sum(stalls_s) < 4 * WAIT_S
+
+
+def test_layers_are_spread_over_a_pool_and_move_when_one_is_lost(ray_cluster):
+    from skfac.service.ray import start_pool
+
+    expected = trajectory("embedded")
+    with start_pool(2, name="spread", num_cpus=0) as pool:
+        for targets in (pool.targets, list(pool.actors)):
+            assert all(map(torch.equal, trajectory(targets), expected))
+        with Trainer(pool.targets, update_every=1, wait_s=WAIT_S) as trainer:
+            trainer.step_until(lambda report: None not in ages(report))
+            before = trainer.preconditioner.report()["transport"]["connects"]
+            crash(pool.actors[0])
+            trainer.step_until(lambda report: max(ages(report)) > 2)
+            trainer.step_until(lambda report: max(ages(report)) <= 1)
+            trainer.step_until(lambda r: r["transport"]["connects"] > before)
+    assert before == 2

@@ -80,6 +80,6 @@ def test_a_trainer_waits_for_a_pool(ray_cluster, caplog):
 
     with Trainer("ray://late/pool", wait_s=0.1, update_every=2) as trainer:
         trainer.step()
-        assert "There is no pool ray://late/pool." in caplog.text
+        assert "There is no ray://late/pool." in caplog.text
         with start_pool(name="pool", namespace="late", num_cpus=0):
             trainer.step_until(lambda report: report["versions"].get("solved", 0) >= 8)

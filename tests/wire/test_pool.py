@@ -7,7 +7,8 @@ from skfac.wire.pool import actor_names, actor_of_job, actors_of, pool_of
 
 
 def test_a_target_names_namespace_and_pool():
-    assert pool_of("ray://prod/my-pool") == ("prod", "my-pool")
+    assert pool_of("ray://prod/my-pool") == ("prod", "my-pool", None)
+    assert pool_of("ray://prod/my-pool/12") == ("prod", "my-pool", 12)
 
 
 @pytest.mark.parametrize("target", ["ray://a", "ray:///b", "ray://a/b/c", "ray:a/b"])

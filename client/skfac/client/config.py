@@ -1,7 +1,6 @@
 """What a trainer can set: plain data, validated once, never changed afterwards."""
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -9,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch.distributed import ProcessGroup
 
+from skfac.client.handles import ActorTarget
 from skfac.client.numbers import IntSchedule, Schedule, check_number, number_at
 from skfac.curvature.damping import DampingSplit
 from skfac.curvature.positions import Reduction
@@ -17,9 +17,6 @@ from skfac.curvature.trust import Trust
 from skfac.wire.errors import ConfigurationError
 from skfac.wire.pool import pool_of
 from skfac.wire.session import OnLate
-
-Target = str | tuple[Any, ...]
-"""Where the engine runs; a tuple holds handles of Ray actors."""
 
 WIRE_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -249,7 +246,7 @@ _CHOICES = {
 }
 
 
-def check_targets(targets: Sequence[object]) -> None:
+def check_targets(targets: Sequence[str]) -> None:
     """Check where engines are meant to run.
 
     Raises:
@@ -261,19 +258,19 @@ def check_targets(targets: Sequence[object]) -> None:
     if len(targets) > 1 and "embedded" in targets:
         raise ConfigurationError(
             "'embedded' is the engine of this process alone: it cannot be one of "
-            f"several targets, {', '.join(map(str, targets))}."
+            f"several targets, {', '.join(targets)}."
         )
 
 
-def check_target(target: object) -> Target:
+def check_target(target: object) -> str:
     """Check where the engine is meant to run.
 
     Args:
         target: What the trainer passed.
 
     Returns:
-        `"embedded"`, `"host:port"`, `"unix:path"`, `"ray://namespace/pool"` or a tuple
-        of handles of Ray actors.
+        `"embedded"`, `"host:port"`, `"unix:path"`, `"ray://namespace/pool"`, its actor
+        `"ray://namespace/pool/index"`, or an `ActorTarget`.
 
     Raises:
         ConfigurationError: If it is none of these.
@@ -282,9 +279,8 @@ def check_target(target: object) -> Target:
         "This version of skfac takes 'embedded', 'host:port', 'unix:path', "
         "'ray://namespace/pool' or handles of Ray actors."
     )
-    handles = ray_handles(target)
-    if handles:
-        return handles
+    if isinstance(target, ActorTarget):
+        return target
     if not isinstance(target, str):
         raise ConfigurationError(f"Targets like {target!r} are not built yet. {built}")
     if target == "embedded":
@@ -306,20 +302,6 @@ def check_target(target: object) -> Target:
     if not (host and port.isdigit() and 0 < int(port) < 65536):
         raise ConfigurationError(f"{target!r} is not a target. {built}")
     return target
-
-
-def ray_handles(target: object) -> tuple[Any, ...]:
-    """Find the handles of Ray actors that a target is.
-
-    Returns:
-        They; none if it is anything else.
-    """
-    # Who has no Ray has no handles: skfac works without.
-    actor = sys.modules.get("ray.actor")
-    several = target if isinstance(target, list | tuple) else (target,)
-    if actor is None or not all(isinstance(h, actor.ActorHandle) for h in several):
-        return ()
-    return tuple(several)
 
 
 def _not_built(name: str, value: object, choices: _Choices) -> str:

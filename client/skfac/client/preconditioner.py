@@ -16,7 +16,7 @@ from skfac.client.adaptive import LevenbergMarquardt
 from skfac.client.apply import Apply
 from skfac.client.capture import Capture
 from skfac.client.checkpoint import from_state_dict, to_state_dict
-from skfac.client.config import PreconditionerConfig
+from skfac.client.config import PreconditionerConfig, check_targets
 from skfac.client.due import DueVersions
 from skfac.client.layers import track_layers
 from skfac.client.loss_scale import LossScale
@@ -24,7 +24,7 @@ from skfac.client.phases import phase
 from skfac.client.ready import ReadyVersions
 from skfac.client.report import describe
 from skfac.client.row_space import RowSpace
-from skfac.client.servers import Servers, targets_of
+from skfac.client.servers import Servers, Target, targets_of
 from skfac.client.store import Store
 from skfac.client.world import check_ranks, world_of
 from skfac.curvature.layer import LayerPreconditioner
@@ -62,11 +62,11 @@ class Preconditioner:
             `PassThroughWarning` says.
         optimizer: Any torch optimizer; its learning rates set the trust region.
         target: `"embedded"` runs the engine on a thread of this process, `"host:port"`
-            or `"unix:/path"` uses a server, a list of those spreads the layers over
-            several, and so does `"dns:///name:port"` over all addresses of a name;
-            `"ray://namespace/pool"` or handles of Ray actors use what
-            `skfac.service.ray` started. One that cannot be reached is tried again in
-            the background; training goes on meanwhile.
+            or `"unix:/path"` uses a server, `"ray://namespace/pool"` or the handle of a
+            Ray actor what `skfac.service.ray` started. A list of those spreads the
+            layers over several, and so does `"dns:///name:port"` over all addresses of
+            a name. One that cannot be reached is tried again in the background;
+            training goes on meanwhile.
         settings: The attributes of `PreconditionerConfig`.
 
     Raises:
@@ -80,12 +80,13 @@ class Preconditioner:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
-        target: object = "embedded",
+        target: Target = "embedded",
         **settings: Any,  # noqa: ANN401  # the attributes of PreconditionerConfig
     ) -> None:
         self.config = config = PreconditionerConfig.of(settings)
         self._world = world = world_of(config.process_group)
         targets = targets_of(target, world)
+        check_targets(targets)
         check_ranks(world, targets, config.apply)
         self._layers = track_layers(model, optimizer, config.skip)
         spec = SessionSpec(
@@ -350,7 +351,7 @@ class Preconditioner:
             logger.warning(
                 "No server at %s after wait_s = %g s; training begins with raw "
                 "gradients.",
-                ", ".join(map(str, self._servers.targets)),
+                ", ".join(self._servers.targets),
                 wait_s,
             )
 

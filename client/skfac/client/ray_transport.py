@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from skfac.client.capture import PendingSnapshot
-from skfac.client.config import Target
 from skfac.client.connection import keep_connected
+from skfac.client.handles import ActorTarget
 from skfac.client.link import Link
 from skfac.client.outbox import Outbox
 from skfac.wire.codec import (
@@ -71,9 +71,7 @@ class RayTransport:
         ConfigurationError: If this process is in no cluster of Ray and finds none.
     """
 
-    def __init__(
-        self, target: Target, spec: SessionSpec, rank: int, link: Link
-    ) -> None:
+    def __init__(self, target: str, spec: SessionSpec, rank: int, link: Link) -> None:
         _join_cluster()
         self._target = target
         self._spec = spec
@@ -81,7 +79,7 @@ class RayTransport:
         self._link = link
         self._outbox = Outbox(spec.versions_in_flight)
         self._closed = threading.Event()
-        self._connection: tuple[_Actor, str] | None = None  # the actor and the session
+        self._session: tuple[_Actor, str] | None = None  # the actor and the session
         self._counts: Counter[str] = Counter()
         self._thread = threading.Thread(
             target=keep_connected,
@@ -160,11 +158,11 @@ class RayTransport:
         held = self._link.newest()
         subscription = self._call(actor.subscribe, session_id, held)
         self._counts["connects"] += 1
-        self._connection = actor, session_id
+        self._session = actor, session_id
         self._link.set_link(up=True)
         logger.info("Connected to %s.", self._target)
         error = self._serve(actor, session_id, subscription)
-        self._connection = None
+        self._session = None
         self._link.set_link(up=False)
         if self._closed.is_set():
             self._say_goodbye(actor, session_id, subscription)
@@ -261,10 +259,10 @@ class RayTransport:
     # ---------------------------------------------------------------- calls
 
     def _connected(self) -> tuple[_Actor, str]:
-        link = self._connection
-        if link is None:
+        session = self._session
+        if session is None:
             raise ServerUnavailableError("No server is connected.")
-        return link
+        return session
 
     def _call(
         self,
@@ -298,18 +296,20 @@ def _join_cluster() -> None:
         ) from None
 
 
-def _find(target: Target, job: str) -> _Actor:
-    if not isinstance(target, str):
-        return target[actor_of_job(job, len(target))]
-    namespace, pool = pool_of(target)
+def _find(target: str, job: str) -> _Actor:
+    if isinstance(target, ActorTarget):
+        return target.handle
+    namespace, pool, index = pool_of(target)
     try:
         with _service_errors():
             everywhere = ray.util.list_named_actors(all_namespaces=True)
             here = [a["name"] for a in everywhere if a["namespace"] == namespace]
             names = actors_of(pool, here)
-            if not names:
-                raise ServerUnavailableError(f"There is no pool {target}.")
-            return ray.get_actor(names[actor_of_job(job, len(names))], namespace)
+            if index is None and names:
+                index = actor_of_job(job, len(names))
+            if index is None or index >= len(names):
+                raise ServerUnavailableError(f"There is no {target}.")
+            return ray.get_actor(names[index], namespace)
     except ValueError as error:  # the actor is gone for good, and its name with it
         raise ServerUnavailableError(str(error)) from None
 

@@ -3,12 +3,14 @@
 import socket
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from skfac.client.capture import PendingSnapshot
-from skfac.client.config import Target, check_target, check_targets, ray_handles
+from skfac.client.config import check_target
+from skfac.client.handles import ActorTarget, is_handle
 from skfac.client.layer_map import LayerMap
 from skfac.client.store import Store
 from skfac.client.transport import Transport, connect
@@ -16,6 +18,9 @@ from skfac.client.world import World
 from skfac.wire.errors import ConfigurationError
 from skfac.wire.session import SessionSpec
 from skfac.wire.state import LayerState, SessionState
+
+Target = str | Any | Sequence[str | Any]
+"""What a trainer passes: one target, or a list of addresses or handles of actors."""
 
 _DNS = "dns:///"
 
@@ -31,12 +36,12 @@ class Servers:
     """
 
     def __init__(
-        self, targets: Sequence[Target], spec: SessionSpec, world: World, store: Store
+        self, targets: Sequence[str], spec: SessionSpec, world: World, store: Store
     ) -> None:
         self.targets = tuple(targets)
         self._world = world
         self._store = store
-        self._map = LayerMap(spec.layers, list(map(str, targets)))
+        self._map = LayerMap(spec.layers, targets)
         self._assigned = self._map.at([True] * len(targets))
         self._transports: list[Transport] = []
         try:
@@ -110,12 +115,12 @@ class Servers:
             transport.close()
 
 
-def targets_of(target: object, world: World) -> tuple[Target, ...]:
+def targets_of(target: Target, world: World) -> tuple[str, ...]:
     """Find the servers that a target stands for, the same on all ranks.
 
     Args:
         target: What the trainer passed; `dns:///name:port` stands for every address of
-            the name, and all handles of Ray actors together for one of them.
+            the name.
         world: Rank 0 looks names up for all.
 
     Returns:
@@ -124,21 +129,19 @@ def targets_of(target: object, world: World) -> tuple[Target, ...]:
     Raises:
         ConfigurationError: If there is none, one is no target, or a name is unknown.
     """
-    if handles := ray_handles(target):
-        return (handles,)
-    names = target if isinstance(target, list | tuple) else [target]
+    several = isinstance(target, list | tuple)
     found: list[str] = []
-    for name in names:
+    for one in target if several else [target]:
+        name = ActorTarget.of(one) if is_handle(one) else one
         if isinstance(name, str) and name.startswith(_DNS):
             found += _resolved(name)
         else:
-            found.append(str(check_target(name)))
+            found.append(name if isinstance(name, str) else check_target(name))
     shared = world.share("\n".join(dict.fromkeys(found)))
     if not shared:
         raise ConfigurationError("target is an empty list: name at least one server.")
-    targets = tuple(shared.split("\n"))
-    check_targets(targets)
-    return targets
+    own = {name: name for name in found}  # handles are those of this process
+    return tuple(own.get(name, name) for name in shared.split("\n"))
 
 
 def _resolved(target: str) -> list[str]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from skfac.client.capture import PendingSnapshot
 from skfac.client.config import check_target
+from skfac.client.handles import ActorTarget
 from skfac.client.link import Link
 from skfac.wire.session import SessionSpec
 from skfac.wire.state import SessionState
@@ -24,11 +25,7 @@ class Transport(Protocol):
         """Take a snapshot and return at once."""
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Make memory for rows, where they can be sent from without a copy.
-
-        Returns:
-            A CPU tensor of any content.
-        """
+        """Make memory for rows, where they can be sent from without a copy."""
 
     def export_state(self, timeout_s: float) -> SessionState | None:
         """Copy what the server keeps of earlier updates.
@@ -53,7 +50,7 @@ class Transport(Protocol):
         """Leave the session and end all threads; idempotent."""
 
 
-def connect(target: object, spec: SessionSpec, rank: int, link: Link) -> Transport:
+def connect(target: str, spec: SessionSpec, rank: int, link: Link) -> Transport:
     """Start the transport that a target needs.
 
     Args:
@@ -69,16 +66,15 @@ def connect(target: object, spec: SessionSpec, rank: int, link: Link) -> Transpo
         ConfigurationError: If the target is none of these, or needs what is not
             installed.
     """
-    checked = check_target(target)
-    if checked == "embedded":
+    if check_target(target) == "embedded":
         # The one place where the client needs the server's code.
         from skfac.client.embedded import EmbeddedTransport
 
         return EmbeddedTransport(spec, link)
-    if not isinstance(checked, str) or checked.startswith("ray:"):
+    if isinstance(target, ActorTarget) or target.startswith("ray:"):
         from skfac.client.ray_transport import RayTransport  # needs Ray
 
-        return RayTransport(checked, spec, rank, link)
+        return RayTransport(target, spec, rank, link)
     from skfac.client.grpc_transport import GrpcTransport
 
-    return GrpcTransport(checked, spec, rank, link)
+    return GrpcTransport(target, spec, rank, link)

@@ -12,7 +12,6 @@ import torch
 from torch import distributed
 from torch.distributed import ProcessGroup
 
-from skfac.client.config import Target
 from skfac.wire.errors import ConfigurationError
 
 
@@ -157,7 +156,7 @@ def world_of(group: ProcessGroup | None) -> World:
     return Ranks(group) if distributed.get_world_size(group) > 1 else Alone()
 
 
-def check_ranks(world: World, targets: Sequence[Target], apply: str) -> None:
+def check_ranks(world: World, targets: Sequence[str], apply: str) -> None:
     """Check that several ranks can train with these settings.
 
     Raises:

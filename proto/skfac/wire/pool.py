@@ -6,15 +6,15 @@ from collections.abc import Iterable
 
 from skfac.wire.errors import ConfigurationError
 
-_TARGET = re.compile(r"ray://(?P<namespace>[^/]+)/(?P<pool>[^/]+)")
+_TARGET = re.compile(r"ray://(?P<namespace>[^/]+)/(?P<pool>[^/]+)(/(?P<index>\d+))?")
 _NAME = re.compile(r"(?P<pool>.+)-(?P<index>\d+)-of-(?P<count>\d+)")
 
 
-def pool_of(target: str) -> tuple[str, str]:
-    """Read a target of the form `ray://namespace/pool`.
+def pool_of(target: str) -> tuple[str, str, int | None]:
+    """Read a target of the form `ray://namespace/pool` or `ray://namespace/pool/index`.
 
     Returns:
-        The namespace and the pool.
+        The namespace, the pool, and the actor's index if there is one.
 
     Raises:
         ConfigurationError: If it has another form.
@@ -22,7 +22,8 @@ def pool_of(target: str) -> tuple[str, str]:
     match = _TARGET.fullmatch(target)
     if match is None:
         raise ConfigurationError(f"{target!r} is not ray://namespace/pool.")
-    return match["namespace"], match["pool"]
+    index = None if match["index"] is None else int(match["index"])
+    return match["namespace"], match["pool"], index
 
 
 def actor_names(pool: str, count: int) -> list[str]:

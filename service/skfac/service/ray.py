@@ -224,8 +224,13 @@ class EnginePool:
 
     @property
     def target(self) -> str:
-        """What a trainer passes as `target`."""
+        """What a trainer passes as `target`, for a session on one of the actors."""
         return f"ray://{self.namespace}/{self.name}"
+
+    @property
+    def targets(self) -> list[str]:
+        """What it passes for its layers to be spread over all of them."""
+        return [f"{self.target}/{index}" for index in range(len(self.actors))]
 
     def status(self, timeout_s: float = 10.0) -> list[dict[str, Any]]:
         """Ask each actor what it holds.
