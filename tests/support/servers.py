@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 
-import psutil
-
 from skfac.service.config import ServiceConfig
 from skfac.service.server import Server
 
@@ -72,8 +70,3 @@ def wait_for_line(stream: "IO[str] | None", beginning: str) -> str:
         if line.startswith(beginning):
             return line
     raise AssertionError(f"No line began with {beginning!r}: {''.join(seen)}")
-
-
-def descendants() -> list[psutil.Process]:
-    """The processes that this one has started and that still run."""
-    return psutil.Process().children(recursive=True)
