@@ -21,7 +21,9 @@ test: $(VENV)/.ready  ## Run all tests.
 	$(RUN) -m pytest
 
 test-floor: .floor/.ready  ## Run the tests of the wire with the oldest gRPC and protobuf allowed.
-	PYTHONPATH=.floor $(RUN) -m pytest tests/wire tests/service tests/end_to_end
+	PYTHONPATH=.floor $(RUN) -m pytest tests/wire tests/service/test_server.py \
+	  tests/service/test_state_server.py tests/end_to_end/test_bits.py \
+	  tests/end_to_end/test_shared_memory.py
 
 check: $(VENV)/.ready stubs-fresh  ## Check format, lint, spelling, types and generated code.
 	$(VENV)/bin/ruff format --check
