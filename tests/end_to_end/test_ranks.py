@@ -13,6 +13,8 @@ from tests.support.models import flat_parameters
 from tests.support.ranks import run_ranks
 from tests.support.servers import LONG_S, ServerProcess
 
+pytestmark = pytest.mark.timeout(180)  # each rank imports torch; a busy machine
+
 STEPS = 12
 BATCH = 8  # of all ranks together
 SETTINGS = {"damping": 0.02, "kl_clip": 0.05, "update_every": 2, "wait_s": LONG_S}

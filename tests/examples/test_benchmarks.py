@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.timeout(180)
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 QUICK = ("--width", "32", "--batch", "8", "--rounds", "1", "--steps", "12")
 
