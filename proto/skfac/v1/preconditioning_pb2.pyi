@@ -47,24 +47,24 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
-class _DType:
+class _Dtype:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
 
-class _DTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DType.ValueType], _builtins.type):
+class _DtypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Dtype.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
-    DTYPE_UNSPECIFIED: _DType.ValueType  # 0
+    DTYPE_UNSPECIFIED: _Dtype.ValueType  # 0
     """Never sent; refused."""
-    DTYPE_FLOAT32: _DType.ValueType  # 1
-    DTYPE_FLOAT64: _DType.ValueType  # 2
+    DTYPE_FLOAT32: _Dtype.ValueType  # 1
+    DTYPE_FLOAT64: _Dtype.ValueType  # 2
 
-class DType(_DType, metaclass=_DTypeEnumTypeWrapper): ...
+class Dtype(_Dtype, metaclass=_DtypeEnumTypeWrapper): ...
 
-DTYPE_UNSPECIFIED: DType.ValueType  # 0
+DTYPE_UNSPECIFIED: Dtype.ValueType  # 0
 """Never sent; refused."""
-DTYPE_FLOAT32: DType.ValueType  # 1
-DTYPE_FLOAT64: DType.ValueType  # 2
-Global___DType: _TypeAlias = DType  # noqa: Y015
+DTYPE_FLOAT32: Dtype.ValueType  # 1
+DTYPE_FLOAT64: Dtype.ValueType  # 2
+Global___Dtype: _TypeAlias = Dtype  # noqa: Y015
 
 class _DampingSplit:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -151,7 +151,7 @@ class TensorHeader(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     SHAPE_FIELD_NUMBER: _builtins.int
     SHARED_OFFSET_FIELD_NUMBER: _builtins.int
-    dtype: Global___DType.ValueType
+    dtype: Global___Dtype.ValueType
     """Of all elements."""
     shared_offset: _builtins.int
     """Where the tensor begins in the sender's area of the shared memory, a multiple of 64;
@@ -165,7 +165,7 @@ class TensorHeader(_message.Message):
     def __init__(
         self,
         *,
-        dtype: Global___DType.ValueType = ...,
+        dtype: Global___Dtype.ValueType = ...,
         shape: _abc.Iterable[_builtins.int] | None = ...,
         shared_offset: _builtins.int | None = ...,
     ) -> None: ...
@@ -458,6 +458,55 @@ class LayerRows(_message.Message):
 Global___LayerRows: _TypeAlias = LayerRows  # noqa: Y015
 
 @_typing.final
+class StepReport(_message.Message):
+    """How a rank's steps since its previous snapshot fared with the layers that this server
+    has. Counted for people, once for each snapshot that is not a duplicate; nothing that
+    is computed depends on it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STALENESS_FIELD_NUMBER: _builtins.int
+    LATE_FIELD_NUMBER: _builtins.int
+    STALE_FIELD_NUMBER: _builtins.int
+    RAW_FIELD_NUMBER: _builtins.int
+    END_TO_END_S_FIELD_NUMBER: _builtins.int
+    late: _builtins.int
+    """(Layer, version)s that were missing at their deadline."""
+    stale: _builtins.int
+    """(Layer, step)s whose version was older than `max_staleness`."""
+    raw: _builtins.int
+    """(Layer, step)s that used the raw gradient, those included."""
+    @_builtins.property
+    def staleness(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """For each step the steps since the capture of the oldest version that it used; steps
+        that used none are absent. At most 256 are taken, the latest: INVALID_ARGUMENT else.
+        """
+
+    @_builtins.property
+    def end_to_end_s(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Seconds from the capture of a snapshot until this rank had the last of its versions;
+        finite and not negative. At most 256, as above.
+        """
+
+    def __init__(
+        self,
+        *,
+        staleness: _abc.Iterable[_builtins.int] | None = ...,
+        late: _builtins.int = ...,
+        stale: _builtins.int = ...,
+        raw: _builtins.int = ...,
+        end_to_end_s: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_to_end_s", b"end_to_end_s", "late", b"late", "raw", b"raw", "stale", b"stale", "staleness", b"staleness"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepReport: _TypeAlias = StepReport  # noqa: Y015
+
+@_typing.final
 class SnapshotManifest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -466,6 +515,7 @@ class SnapshotManifest(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     SETTINGS_FIELD_NUMBER: _builtins.int
     LAYERS_FIELD_NUMBER: _builtins.int
+    REPORT_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """As OpenSession gave it."""
     rank: _builtins.int
@@ -480,6 +530,10 @@ class SnapshotManifest(_message.Message):
     def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerRows]:
         """Payload order: activations, derivatives, next layer."""
 
+    @_builtins.property
+    def report(self) -> Global___StepReport:
+        """May be absent, from an older client."""
+
     def __init__(
         self,
         *,
@@ -488,10 +542,11 @@ class SnapshotManifest(_message.Message):
         step: _builtins.int = ...,
         settings: Global___CurvatureSettings | None = ...,
         layers: _abc.Iterable[Global___LayerRows] | None = ...,
+        report: Global___StepReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["settings", b"settings"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["report", b"report", "settings", b"settings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers", "rank", b"rank", "session_id", b"session_id", "settings", b"settings", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers", "rank", b"rank", "report", b"report", "session_id", b"session_id", "settings", b"settings", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1024,7 +1079,7 @@ class LayerState(_message.Message):
     """That of the layer."""
     updates: _builtins.int
     """Updates in it; at least 1."""
-    dtype: Global___DType.ValueType
+    dtype: Global___Dtype.ValueType
     """That of the rows, and so of the inverses."""
     @_builtins.property
     def activations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Moment]:
@@ -1042,7 +1097,7 @@ class LayerState(_message.Message):
         history: Global___History.ValueType = ...,
         diagonal: _builtins.bool = ...,
         updates: _builtins.int = ...,
-        dtype: Global___DType.ValueType = ...,
+        dtype: Global___Dtype.ValueType = ...,
         activations: _abc.Iterable[Global___Moment] | None = ...,
         derivatives: _abc.Iterable[Global___Moment] | None = ...,
     ) -> None: ...
@@ -1236,28 +1291,159 @@ class LayerStatus(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     NEWEST_STEP_FIELD_NUMBER: _builtins.int
     ROWS_FIELD_NUMBER: _builtins.int
+    BEHIND_STEPS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """As declared."""
     newest_step: _builtins.int
     """Newest version solved; absent if none."""
     rows: _builtins.int
     """Rows of that version."""
+    behind_steps: _builtins.int
+    """Steps from that version to the newest step that rows of the session have come of;
+    absent if there is no version.
+    """
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         newest_step: _builtins.int | None = ...,
         rows: _builtins.int = ...,
+        behind_steps: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_newest_step", b"_newest_step", "newest_step", b"newest_step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_behind_steps", b"_behind_steps", "_newest_step", b"_newest_step", "behind_steps", b"behind_steps", "newest_step", b"newest_step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_newest_step", b"_newest_step", "name", b"name", "newest_step", b"newest_step", "rows", b"rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_behind_steps", b"_behind_steps", "_newest_step", b"_newest_step", "behind_steps", b"behind_steps", "name", b"name", "newest_step", b"newest_step", "rows", b"rows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__behind_steps: _TypeAlias = _typing.Literal["behind_steps"]  # noqa: Y015
+    _WhichOneofArgType__behind_steps: _TypeAlias = _typing.Literal["_behind_steps", b"_behind_steps"]  # noqa: Y015
     _WhichOneofReturnType__newest_step: _TypeAlias = _typing.Literal["newest_step"]  # noqa: Y015
     _WhichOneofArgType__newest_step: _TypeAlias = _typing.Literal["_newest_step", b"_newest_step"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__behind_steps) -> _WhichOneofReturnType__behind_steps | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__newest_step) -> _WhichOneofReturnType__newest_step | None: ...
 
 Global___LayerStatus: _TypeAlias = LayerStatus  # noqa: Y015
+
+@_typing.final
+class StageStatus(_message.Message):
+    """One part of the way of (layer, step)s, over all sessions: "receive" (first to last
+    frame of a snapshot), "assemble" (first to last rank's rows), "queue", "solve" (the
+    batch), "publish" (solved until a rank's stream has handed it on) and "end to end"
+    (capture of a snapshot until its rank has the last version, as the ranks say).
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STAGE_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    TOTAL_S_FIELD_NUMBER: _builtins.int
+    LATEST_FIELD_NUMBER: _builtins.int
+    stage: _builtins.str
+    """Its name."""
+    count: _builtins.int
+    """How many were timed since the engine was started."""
+    total_s: _builtins.float
+    """What they took, added up."""
+    @_builtins.property
+    def latest(self) -> Global___LatencySummary:
+        """The latest of them."""
+
+    def __init__(
+        self,
+        *,
+        stage: _builtins.str = ...,
+        count: _builtins.int = ...,
+        total_s: _builtins.float = ...,
+        latest: Global___LatencySummary | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["latest", b"latest"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "latest", b"latest", "stage", b"stage", "total_s", b"total_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StageStatus: _TypeAlias = StageStatus  # noqa: Y015
+
+@_typing.final
+class LoadStatus(_message.Message):
+    """How busy an engine is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUEUE_DEPTH_FIELD_NUMBER: _builtins.int
+    QUEUE_S_FIELD_NUMBER: _builtins.int
+    BUSY_SHARE_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    MEMORY_TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    queue_depth: _builtins.int
+    """(layer, step)s that wait for the solver."""
+    queue_s: _builtins.float
+    """How long the oldest of them has waited."""
+    busy_share: _builtins.float
+    """Of the solver's time, mostly of the last 10 s; 0 to 1."""
+    memory_bytes: _builtins.int
+    """In use on the device, or by the process on a CPU."""
+    memory_total_bytes: _builtins.int
+    """That there are."""
+    def __init__(
+        self,
+        *,
+        queue_depth: _builtins.int = ...,
+        queue_s: _builtins.float = ...,
+        busy_share: _builtins.float = ...,
+        memory_bytes: _builtins.int = ...,
+        memory_total_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy_share", b"busy_share", "memory_bytes", b"memory_bytes", "memory_total_bytes", b"memory_total_bytes", "queue_depth", b"queue_depth", "queue_s", b"queue_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadStatus: _TypeAlias = LoadStatus  # noqa: Y015
+
+@_typing.final
+class RecentError(_message.Message):
+    """Failures or refusals of one kind, told once."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    LAYER_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    AGE_S_FIELD_NUMBER: _builtins.int
+    job: _builtins.str
+    """As declared."""
+    layer: _builtins.str
+    """As declared; empty where no single layer is at fault."""
+    kind: _builtins.str
+    """"failed", "empty", or the status of a refusal."""
+    message: _builtins.str
+    """That of the latest, cut where it is long."""
+    count: _builtins.int
+    """How many there were."""
+    age_s: _builtins.float
+    """Since the latest."""
+    def __init__(
+        self,
+        *,
+        job: _builtins.str = ...,
+        layer: _builtins.str = ...,
+        kind: _builtins.str = ...,
+        message: _builtins.str = ...,
+        count: _builtins.int = ...,
+        age_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "count", b"count", "job", b"job", "kind", b"kind", "layer", b"layer", "message", b"message"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecentError: _TypeAlias = RecentError  # noqa: Y015
 
 @_typing.final
 class SessionStatus(_message.Message):
@@ -1335,6 +1521,9 @@ class GetStatusResponse(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     UPTIME_S_FIELD_NUMBER: _builtins.int
     SESSIONS_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
+    STAGES_FIELD_NUMBER: _builtins.int
+    ERRORS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Of the server's software."""
     device: _builtins.str
@@ -1345,6 +1534,18 @@ class GetStatusResponse(_message.Message):
     def sessions(self) -> _containers.RepeatedCompositeFieldContainer[Global___SessionStatus]:
         """In the order they were opened."""
 
+    @_builtins.property
+    def load(self) -> Global___LoadStatus:
+        """Of the engine, whatever session was asked for."""
+
+    @_builtins.property
+    def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageStatus]:
+        """In the order of the way; those timed so far."""
+
+    @_builtins.property
+    def errors(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecentError]:
+        """The latest first; of the session asked for."""
+
     def __init__(
         self,
         *,
@@ -1352,10 +1553,13 @@ class GetStatusResponse(_message.Message):
         device: _builtins.str = ...,
         uptime_s: _builtins.float = ...,
         sessions: _abc.Iterable[Global___SessionStatus] | None = ...,
+        load: Global___LoadStatus | None = ...,
+        stages: _abc.Iterable[Global___StageStatus] | None = ...,
+        errors: _abc.Iterable[Global___RecentError] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "sessions", b"sessions", "uptime_s", b"uptime_s", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "errors", b"errors", "load", b"load", "sessions", b"sessions", "stages", b"stages", "uptime_s", b"uptime_s", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class PreconditioningServiceStub(object):
-    """Missing associated documentation comment in .proto file."""
+    """Curvature of training jobs, as inverses of their Kronecker factors.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -72,7 +73,8 @@ class PreconditioningServiceStub(object):
 
 
 class PreconditioningServiceServicer(object):
-    """Missing associated documentation comment in .proto file."""
+    """Curvature of training jobs, as inverses of their Kronecker factors.
+    """
 
     def OpenSession(self, request, context):
         """Opens the session of a job for one rank. Idempotent: the same specification
@@ -188,7 +190,8 @@ def add_PreconditioningServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class PreconditioningService(object):
-    """Missing associated documentation comment in .proto file."""
+    """Curvature of training jobs, as inverses of their Kronecker factors.
+    """
 
     @staticmethod
     def OpenSession(request,

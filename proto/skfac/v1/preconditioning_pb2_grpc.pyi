@@ -55,6 +55,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class PreconditioningServiceStub:
+    """Curvature of training jobs, as inverses of their Kronecker factors."""
+
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
@@ -99,6 +101,8 @@ class PreconditioningServiceStub:
 
 @_typing.type_check_only
 class PreconditioningServiceAsyncStub(PreconditioningServiceStub):
+    """Curvature of training jobs, as inverses of their Kronecker factors."""
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     OpenSession: _aio.UnaryUnaryMultiCallable[_preconditioning_pb2.OpenSessionRequest, _preconditioning_pb2.OpenSessionResponse]  # type: ignore[assignment]
     """Opens the session of a job for one rank. Idempotent: the same specification
@@ -139,6 +143,8 @@ class PreconditioningServiceAsyncStub(PreconditioningServiceStub):
     """What the server holds and how fast it is."""
 
 class PreconditioningServiceServicer(metaclass=_abc_1.ABCMeta):
+    """Curvature of training jobs, as inverses of their Kronecker factors."""
+
     @_abc_1.abstractmethod
     def OpenSession(
         self,

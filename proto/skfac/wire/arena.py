@@ -1,14 +1,22 @@
 """Tensors in memory that was mapped once: who wrote them need not copy to send them."""
 
+import math
 import threading
+import weakref
 from bisect import insort
 from collections import deque
 
 import torch
 from torch import Tensor
 
-from skfac.wire.memory import tensor_over
 from skfac.wire.snapshot import padded
+
+
+class _Lease(weakref.ref[memoryview]):
+    # Tells when the view of a part is gone. A weakref.finalize would take three times
+    # as long, of a training step and for each tensor.
+    begin: int
+    end: int
 
 
 class Arena:
@@ -24,7 +32,8 @@ class Arena:
         self._lock = threading.Lock()
         self._free = [(0, len(mapping))]  # (begin, end), sorted, never touching
         # Tensors end anywhere, also while this thread has the lock.
-        self._returned: deque[tuple[int, int]] = deque()
+        self._returned: deque[_Lease] = deque()
+        self._leases: dict[int, _Lease] = {}  # by where they begin, to keep them
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         """Make a tensor of any content.
@@ -32,16 +41,19 @@ class Arena:
         Returns:
             The tensor; None if it has no elements or there is no room for it.
         """
-        nbytes = torch.Size(shape).numel() * dtype.itemsize
-        if not nbytes:
+        count = math.prod(shape)
+        if not count:
             return None
-        part = self._take(padded(nbytes))
-        if part is None:
-            return None
-        returned = self._returned
-        view = self._mapping[part[0] : part[0] + nbytes]
-        flat = tensor_over(view, lambda: returned.append(part))
-        return flat.view(dtype).reshape(shape)
+        nbytes = count * dtype.itemsize
+        with self._lock:
+            begin = self._take(padded(nbytes))
+            if begin is None:
+                return None
+            # torch keeps the view, and all tensors of one storage keep torch's.
+            view = self._mapping[begin : begin + nbytes]
+            self._leases[begin] = lease = _Lease(view, self._returned.append)
+            lease.begin, lease.end = begin, begin + padded(nbytes)
+        return torch.frombuffer(view, dtype=dtype).view(shape)
 
     def offset_of(self, tensor: Tensor) -> int | None:
         """Find a tensor that can be sent from where it is.
@@ -63,21 +75,22 @@ class Arena:
             self._take_back()
             return sum(end - begin for begin, end in self._free)
 
-    def _take(self, nbytes: int) -> tuple[int, int] | None:
-        with self._lock:
-            self._take_back()
-            for index, (begin, end) in enumerate(self._free):
-                if end - begin >= nbytes:
-                    rest = (begin + nbytes, end)
-                    self._free[index : index + 1] = [rest] if rest[0] < end else []
-                    return begin, begin + nbytes
-            return None
+    def _take(self, nbytes: int) -> int | None:
+        self._take_back()
+        for index, (begin, end) in enumerate(self._free):
+            if end - begin >= nbytes:
+                rest = (begin + nbytes, end)
+                self._free[index : index + 1] = [rest] if rest[0] < end else []
+                return begin
+        return None
 
     def _take_back(self) -> None:
         if not self._returned:
             return
         while self._returned:
-            insort(self._free, self._returned.popleft())
+            lease = self._returned.popleft()
+            del self._leases[lease.begin]
+            insort(self._free, (lease.begin, lease.end))
         joined: list[tuple[int, int]] = []
         for begin, end in self._free:
             if joined and joined[-1][1] == begin:

@@ -25,6 +25,7 @@ from skfac.wire.messages import (
     parse,
 )
 from skfac.wire.outcome import Loss, LossReason, Outcome, Version
+from skfac.wire.report import decode_report, encode_report
 from skfac.wire.ring import Placement
 from skfac.wire.session import LayerSpec, OnLate, SessionSpec
 from skfac.wire.snapshot import (
@@ -57,6 +58,7 @@ _LOSS_REASONS: dict[str, LossReason] = {
     "failed": "failed",
     "empty": "empty",
     "refused": "refused",
+    "gone": "gone",
 }
 
 _OUTCOMES_PER_MANIFEST = 256  # so that no manifest outgrows a frame
@@ -145,6 +147,7 @@ def encode_snapshot(
         rank=snapshot.rank,
         step=snapshot.step,
         settings=_encode_settings(snapshot.settings),
+        report=encode_report(snapshot.report),
     )
     offsets = [locate(tensor) for tensor in snapshot.tensors]
     remaining = iter(offsets)
@@ -176,7 +179,7 @@ def decode_snapshot_header(message: pb.SnapshotManifest) -> SnapshotHeader:
         The declaration.
 
     Raises:
-        InvalidRequestError: If a dtype is unknown or a setting out of range.
+        InvalidRequestError: If a dtype is unknown, or any number out of range.
     """
     layers = tuple(
         RowsHeader(
@@ -191,7 +194,8 @@ def decode_snapshot_header(message: pb.SnapshotManifest) -> SnapshotHeader:
     except ValueError as error:
         text = f"The settings of step {message.step} are wrong: {error}"
         raise InvalidRequestError(text) from None
-    return SnapshotHeader(message.rank, message.step, settings, layers)
+    report = decode_report(message.report)
+    return SnapshotHeader(message.rank, message.step, settings, layers, report)
 
 
 def build_snapshot(header: SnapshotHeader, tensors: Sequence[Tensor]) -> Snapshot:
@@ -211,7 +215,8 @@ def build_snapshot(header: SnapshotHeader, tensors: Sequence[Tensor]) -> Snapsho
             header.layers, pairs, strict=True
         )
     )
-    return Snapshot(header.rank, header.step, header.settings, tuple(rows))
+    settings, report = header.settings, header.report
+    return Snapshot(header.rank, header.step, settings, tuple(rows), report)
 
 
 # ------------------------------------------------------------------- outcomes
@@ -356,7 +361,11 @@ def _encode_inverse(
 def _decode_inverse(message: pb.FactorInverse, matrix: Tensor) -> FactorInverse:
     if message.form not in _FORMS:
         raise InvalidRequestError(f"Unknown form {message.form} of an inverse.")
-    return _FORMS[message.form](matrix, message.damping)
+    form, shape = _FORMS[message.form], tuple(matrix.shape)
+    rows = {DenseInverse: shape[-1:], DiagonalInverse: (1,)}.get(form, shape[-2:-1])
+    if len(shape) < 2 or shape[-2:-1] != rows:
+        raise InvalidRequestError(f"A matrix of form {message.form} has shape {shape}.")
+    return form(matrix, message.damping)
 
 
 def _decode_layer(message: pb.LayerSpec) -> LayerSpec:

@@ -8,6 +8,8 @@ SkfacError
     ├── SessionNotFoundError      the session is gone; open it again
     ├── SessionMismatchError      this rank disagrees with its session; do not retry
     ├── LimitExceededError        over a limit of the server
+    ├── AuthenticationError       the server does not know the caller's credentials
+    ├── PermissionDeniedError     they are not good for this job
     └── ServerUnavailableError    no server answers, or it is stopping; retry
 
 Library code raises these; only `status_of` and `error_of` translate them.
@@ -29,7 +31,16 @@ class LateVersionError(SkfacError):
 
 
 class ServiceError(SkfacError):
-    """What a server answers instead of a result."""
+    """What a server answers instead of a result.
+
+    Attributes:
+        layer: Name of the layer at fault, where the server knows that it is a single
+            one; else, and at the client, empty.
+    """
+
+    def __init__(self, message: str = "", *, layer: str = "") -> None:
+        super().__init__(message)
+        self.layer = layer
 
 
 class InvalidRequestError(ServiceError):
@@ -48,6 +59,14 @@ class LimitExceededError(ServiceError):
     """A request over a limit that the server states in the message."""
 
 
+class AuthenticationError(ServiceError):
+    """Credentials that are missing, or that the server does not know."""
+
+
+class PermissionDeniedError(ServiceError):
+    """Credentials that the server knows, for a job that they are not good for."""
+
+
 class ServerUnavailableError(ServiceError):
     """A server that cannot be reached, or that is stopping."""
 
@@ -57,6 +76,8 @@ _STATUS: dict[type[ServiceError], grpc.StatusCode] = {
     SessionNotFoundError: grpc.StatusCode.NOT_FOUND,
     SessionMismatchError: grpc.StatusCode.FAILED_PRECONDITION,
     LimitExceededError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    AuthenticationError: grpc.StatusCode.UNAUTHENTICATED,
+    PermissionDeniedError: grpc.StatusCode.PERMISSION_DENIED,
     ServerUnavailableError: grpc.StatusCode.UNAVAILABLE,
 }
 _ERROR = {code: error for error, code in _STATUS.items()}

@@ -6,16 +6,13 @@ and gRPC hands over plain bytes. Every frame is made by one join and read as vie
 Tensors that a manifest finds in shared memory are in no payload.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import torch
 import xxhash
 from torch import Tensor
 
-from skfac.wire.errors import InvalidRequestError, LimitExceededError
-from skfac.wire.memory import Pool
-from skfac.wire.shared_memory import Area
+from skfac.wire.errors import InvalidRequestError
 from skfac.wire.snapshot import ALIGNMENT, TensorHeader, padded
 
 PAYLOAD_BYTES = 2 * 1024 * 1024
@@ -23,6 +20,9 @@ PAYLOAD_BYTES = 2 * 1024 * 1024
 
 MAX_FRAME_BYTES = 4 * 1024 * 1024
 """The largest message either end accepts, which is also gRPC's default."""
+
+MAX_FRAME_FIELDS = 64
+"""More than any version of the protocol has; each costs the reader time."""
 
 _MANIFEST_TAG, _CHECKSUM_TAG, _PAYLOAD_TAG, _REGION_TAG = 0x0A, 0x11, 0x1A, 0x22
 _VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
@@ -107,7 +107,9 @@ def parse_frame(message: bytes) -> Frame:
     """
     view = memoryview(message)
     manifest, payload, checksum, region, position = None, view[:0], None, None, 0
-    while position < len(view):
+    for _ in range(MAX_FRAME_FIELDS):
+        if position == len(view):
+            return Frame(manifest, payload, checksum, region)
         tag, position = _read_varint(view, position)
         value, position = _read_value(view, position, tag & 7)
         if tag == _MANIFEST_TAG:
@@ -118,106 +120,7 @@ def parse_frame(message: bytes) -> Frame:
             payload = value
         elif tag == _REGION_TAG:
             region = value
-    return Frame(manifest, payload, checksum, region)
-
-
-class PayloadBuffer:
-    """Memory for the tensors that a manifest declared, filled frame by frame.
-
-    Args:
-        headers: The tensors; what is said of shared memory is checked on reading.
-        pinned: Whether a GPU is to copy from it.
-        pool: Where else the memory comes from.
-
-    Raises:
-        LimitExceededError: If there is not enough memory.
-    """
-
-    def __init__(
-        self,
-        headers: Sequence[TensorHeader],
-        *,
-        pinned: bool = False,
-        pool: Pool | None = None,
-    ) -> None:
-        self._headers = headers
-        self._begins, nbytes = _arrange(headers)
-        try:
-            if pinned or pool is None:
-                self._buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
-            else:
-                self._buffer = pool.take(nbytes)
-        except (RuntimeError, TypeError, OSError, OverflowError) as error:
-            # Short memory, or a number over 64 bits.
-            raise LimitExceededError(f"No memory for {nbytes} bytes: {error}") from None
-        self._view = self._buffer.numpy().data
-        self._shared = [i for i, h in enumerate(headers) if h.shared_offset is not None]
-        self._expected = nbytes - sum(headers[i].padded_nbytes for i in self._shared)
-        self._filled = 0
-
-    @property
-    def complete(self) -> bool:
-        """Whether every declared byte is there."""
-        return self._filled == self._expected and not self._shared
-
-    @property
-    def missing_bytes(self) -> int:
-        """Declared bytes of the payload that are not there yet."""
-        return self._expected - self._filled
-
-    def write(self, payload: memoryview) -> None:
-        """Append the payload of a frame.
-
-        Raises:
-            InvalidRequestError: If it is longer than what is missing.
-        """
-        if len(payload) > self.missing_bytes:
-            raise InvalidRequestError(
-                f"A payload declared as {self._expected} bytes has at least "
-                f"{self._filled + len(payload)}."
-            )
-        self._view[self._filled : self._filled + len(payload)] = payload
-        self._filled += len(payload)
-
-    def read_shared(self, area: Area) -> int:
-        """Copy the tensors that are in shared memory, those side by side in one go.
-
-        Returns:
-            The bytes of these tensors.
-
-        Raises:
-            InvalidRequestError: If one is not where it is said to be.
-        """
-        area.check(self._headers)
-        runs: list[tuple[int, int, int]] = []  # offset, begin and end in the buffer
-        for index in self._shared:
-            header, begin = self._headers[index], self._begins[index]
-            assert header.shared_offset is not None
-            end = begin + header.nbytes
-            if runs and header.shared_offset - runs[-1][0] == begin - runs[-1][1]:
-                runs[-1] = *runs[-1][:2], end
-            else:
-                runs.append((header.shared_offset, begin, end))
-        for offset, begin, end in runs:
-            area.read(offset, self._view[begin:end])
-        nbytes = sum(self._headers[index].nbytes for index in self._shared)
-        self._shared = []
-        return nbytes
-
-    def tensors(self) -> list[Tensor]:
-        """View the buffer as the declared tensors.
-
-        Returns:
-            Tensors that share the buffer's memory, which nothing else will write to.
-        """
-        assert self.complete, "A payload is read before all of it is there."
-        typed = {h.dtype: self._buffer.view(h.dtype) for h in self._headers}
-        return [
-            typed[header.dtype]
-            .narrow(0, begin // header.dtype.itemsize, header.numel)
-            .view(header.shape)
-            for header, begin in zip(self._headers, self._begins, strict=True)
-        ]
+    raise InvalidRequestError(f"A frame has {MAX_FRAME_FIELDS} fields or more.")
 
 
 def payload_nbytes(headers: Iterable[TensorHeader]) -> int:
@@ -243,18 +146,6 @@ def byte_views(tensors: Iterable[Tensor]) -> Iterator[memoryview]:
         yield view
         if len(view) % ALIGNMENT:
             yield padding[: padded(len(view)) - len(view)]
-
-
-def _arrange(headers: Sequence[TensorHeader]) -> tuple[list[int], int]:
-    # Those of the payload first, as they come; then those that are in shared memory.
-    begins, position = [0] * len(headers), 0
-    sizes = [header.padded_nbytes for header in headers]
-    shared = [index for index, h in enumerate(headers) if h.shared_offset is not None]
-    inline = [index for index, h in enumerate(headers) if h.shared_offset is None]
-    for index in (*inline, *shared):
-        begins[index] = position
-        position += sizes[index]
-    return begins, position
 
 
 def _chunks(views: Iterable[memoryview]) -> Iterator[list[memoryview]]:

@@ -1,5 +1,6 @@
 """What all codecs share: reading messages, headers of tensors, and enums."""
 
+import math
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -9,14 +10,20 @@ from torch import Tensor
 
 from skfac.curvature.settings import History
 from skfac.v1 import preconditioning_pb2 as pb
-from skfac.wire.errors import InvalidRequestError
+from skfac.wire.errors import InvalidRequestError, LimitExceededError
 from skfac.wire.snapshot import TensorHeader
 
-DTYPES: "dict[pb.DType.ValueType, torch.dtype]" = {
+DTYPES: "dict[pb.Dtype.ValueType, torch.dtype]" = {
     pb.DTYPE_FLOAT32: torch.float32,
     pb.DTYPE_FLOAT64: torch.float64,
 }
 """Types of the elements of tensors that can be sent."""
+
+MAX_NUMEL = 2**59
+"""Elements of a tensor; strides and bytes of more overflow, even of an empty one."""
+
+MAX_DIMENSIONS = 8
+"""Dimensions of a tensor; none that is sent has more than 3."""
 
 _DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -30,6 +37,21 @@ HISTORIES: "dict[pb.History.ValueType, History]" = {
 _M = TypeVar("_M", bound=Message)
 _C = TypeVar("_C", bound=int)
 _V = TypeVar("_V")
+
+
+def check_layers(whose: str, count: int, max_layers: int) -> None:
+    """Refuse a message with too many layers before each of them is looked at.
+
+    Args:
+        whose: Beginning of the error's message: what names the layers, and a verb.
+        count: How many it names.
+        max_layers: How many it may.
+
+    Raises:
+        LimitExceededError: If it names more.
+    """
+    if count > max_layers:
+        raise LimitExceededError(f"{whose} {count} layers; max_layers = {max_layers}.")
 
 
 def parse(kind: type[_M], data: memoryview) -> _M:
@@ -89,13 +111,23 @@ def decode_header(message: pb.TensorHeader) -> TensorHeader:
         Its type and shape, and where it is.
 
     Raises:
-        InvalidRequestError: If the dtype is unknown.
+        InvalidRequestError: If the dtype is unknown, or there are numbers that no
+            tensor has.
     """
+    if len(message.shape) > MAX_DIMENSIONS:
+        raise InvalidRequestError(
+            f"A tensor has {len(message.shape)} dimensions; {MAX_DIMENSIONS} are taken."
+        )
+    if math.prod(extent or 1 for extent in message.shape) > MAX_NUMEL:
+        raise InvalidRequestError(
+            f"A tensor has shape {tuple(message.shape)}; its extents may multiply to "
+            f"{MAX_NUMEL}, those that are 0 left out."
+        )
     offset = message.shared_offset if message.HasField("shared_offset") else None
     return TensorHeader(decode_dtype(message.dtype), tuple(message.shape), offset)
 
 
-def encode_dtype(dtype: torch.dtype) -> "pb.DType.ValueType":
+def encode_dtype(dtype: torch.dtype) -> "pb.Dtype.ValueType":
     """Find the code of a dtype.
 
     Returns:
@@ -109,7 +141,7 @@ def encode_dtype(dtype: torch.dtype) -> "pb.DType.ValueType":
     return _DTYPE_CODES[dtype]
 
 
-def decode_dtype(code: "pb.DType.ValueType") -> torch.dtype:
+def decode_dtype(code: "pb.Dtype.ValueType") -> torch.dtype:
     """Find the dtype of a code.
 
     Returns:

@@ -1,11 +1,14 @@
 """What becomes of one (layer, step): a version, or the word that none will come."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
+
+import xxhash
 
 from skfac.curvature.layer import LayerPreconditioner
 
-LossReason = Literal["superseded", "failed", "empty", "refused"]
+LossReason = Literal["superseded", "failed", "empty", "refused", "gone"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +32,19 @@ class Version:
     ranks: int
     updates: int
 
+    @cached_property
+    def fingerprint(self) -> int:
+        """A positive number below 2⁶³, of all that a step makes of this version."""
+        digest = xxhash.xxh3_64()
+        both = self.preconditioner
+        for inverse in (both.activations, both.derivatives):
+            tensor = inverse.tensor.detach().cpu().contiguous()
+            what = type(inverse).__name__, tuple(tensor.shape), inverse.damping
+            digest.update(repr((what, tensor.dtype)).encode())
+            if tensor.numel():
+                digest.update(tensor.numpy().data.cast("B"))
+        return (digest.intdigest() >> 1) | 1
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -38,8 +54,9 @@ class Loss:
         layer: Index in the session's layers.
         step: Capture step.
         reason: `"superseded"` by a newer one once it was past due, `"failed"`
-            numerically, `"empty"` because no rank had rows, or `"refused"` because
-            the server did not take the rows.
+            numerically, `"empty"` because no rank had rows, `"refused"` because the
+            server did not take the rows, or `"gone"` because the server has left,
+            which only the client can tell.
         message: A sentence for people.
     """
 

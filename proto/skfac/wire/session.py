@@ -1,5 +1,6 @@
 """What a job declares when it opens a session: plain values, checked once."""
 
+from collections import Counter
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -13,7 +14,10 @@ MAX_JOB_LENGTH = 200
 """Of a job's name, which labels its metrics."""
 
 MAX_NAME_LENGTH = 1000
-"""Of a layer's name."""
+"""Of a layer's name, its kind, and a run of a job."""
+
+MAX_WORLD_SIZE = 2**20
+"""Ranks of a job, each of which the server remembers."""
 
 MAX_EXTENT = 2**40
 """Of a weight with all groups, far beyond any model and far below what overflows."""
@@ -55,6 +59,11 @@ class LayerSpec:
             raise InvalidRequestError(
                 f"Layer {self.name[:40]!r}... has a name of {len(self.name)} "
                 f"characters; {MAX_NAME_LENGTH} are allowed."
+            )
+        if len(self.kind) > MAX_NAME_LENGTH:
+            raise InvalidRequestError(
+                f"Layer {self.name!r} has a kind of {len(self.kind)} characters; "
+                f"{MAX_NAME_LENGTH} are allowed."
             )
         if not (1 <= self.d_in <= MAX_EXTENT and 1 <= self.d_out <= MAX_EXTENT):
             raise InvalidRequestError(
@@ -111,6 +120,16 @@ class SessionSpec:
             raise InvalidRequestError(
                 f"A job name has 1 to {MAX_JOB_LENGTH} characters, got {len(self.job)}."
             )
+        if len(self.instance) > MAX_NAME_LENGTH:
+            raise InvalidRequestError(
+                f"Job {self.job!r} has an instance of {len(self.instance)} "
+                f"characters; {MAX_NAME_LENGTH} are allowed."
+            )
+        if self.world_size > MAX_WORLD_SIZE:
+            raise InvalidRequestError(
+                f"Job {self.job!r} has {self.world_size} ranks; at most "
+                f"{MAX_WORLD_SIZE} are allowed."
+            )
         if self.world_size < 1 or self.update_every < 1:
             raise InvalidRequestError(
                 f"world_size and update_every must be at least 1, got "
@@ -124,10 +143,9 @@ class SessionSpec:
             )
         if not self.layers:
             raise InvalidRequestError(f"Job {self.job!r} declares no layers.")
-        names = [layer.name for layer in self.layers]
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise InvalidRequestError(f"Layer {twice!r} is declared twice.")
+        ((name, count),) = Counter(layer.name for layer in self.layers).most_common(1)
+        if count > 1:
+            raise InvalidRequestError(f"Layer {name!r} is declared twice.")
 
     @property
     def versions_in_flight(self) -> int:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from skfac.curvature.settings import CurvatureSettings
+from skfac.wire.report import NO_STEPS, StepReport
 
 ALIGNMENT = 64
 """Every tensor of a payload starts at a multiple of it, so that it is used in place."""
@@ -34,11 +35,6 @@ class TensorHeader:
             Its header.
         """
         return cls(tensor.dtype, tuple(tensor.shape))
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -73,6 +69,7 @@ class SnapshotHeader:
     step: int
     settings: CurvatureSettings
     layers: tuple[RowsHeader, ...]
+    report: StepReport = NO_STEPS
 
     @property
     def tensors(self) -> list[TensorHeader]:
@@ -126,18 +123,20 @@ class Snapshot:
         step: Step of the backward that the derivatives come from.
         settings: How the rows are weighed, compressed and damped.
         layers: Rows by layer; a layer that got no data is absent.
+        report: How the steps before it fared.
     """
 
     rank: int
     step: int
     settings: CurvatureSettings
     layers: tuple[LayerRows, ...]
+    report: StepReport = NO_STEPS
 
     @property
     def header(self) -> SnapshotHeader:
         """What is known of this snapshot before its payload is there."""
         headers = tuple(rows.header for rows in self.layers)
-        return SnapshotHeader(self.rank, self.step, self.settings, headers)
+        return SnapshotHeader(self.rank, self.step, self.settings, headers, self.report)
 
     @property
     def tensors(self) -> list[Tensor]:

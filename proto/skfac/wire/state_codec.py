@@ -8,9 +8,10 @@ from skfac.curvature.factor import Form, Moment
 from skfac.curvature.history import LayerHistory
 from skfac.v1 import preconditioning_pb2 as pb
 from skfac.wire.errors import InvalidRequestError
-from skfac.wire.frames import PayloadBuffer, decode_frame, encode_frames
+from skfac.wire.frames import decode_frame, encode_frames
 from skfac.wire.messages import (
     HISTORIES,
+    check_layers,
     code_of,
     decode_dtype,
     decode_header,
@@ -19,6 +20,7 @@ from skfac.wire.messages import (
     meaning_of,
     parse,
 )
+from skfac.wire.payload import PayloadBuffer
 from skfac.wire.state import LayerState, LayerStateHeader, MomentHeader, SessionState
 
 _FORMS: "dict[pb.Moment.Form.ValueType, Form]" = {
@@ -26,6 +28,9 @@ _FORMS: "dict[pb.Moment.Form.ValueType, Form]" = {
     pb.Moment.FORM_DENSE: "dense",
     pb.Moment.FORM_DIAGONAL: "diagonal",
 }
+
+MAX_LAYERS = 2**20
+"""Layers of one stream, where no server's own limit is lower."""
 
 Admit = Callable[[str, LayerStateHeader, int], None]
 """Refuses a layer of a session by raising a `ServiceError`, before memory is taken for
@@ -51,15 +56,52 @@ def encode_state(session_id: str, state: SessionState) -> Iterator[bytes]:
         yield from encode_frames(manifest.SerializeToString(), layer.tensors)
 
 
+def state_manifest(state: SessionState) -> pb.StateManifest:
+    """Describe all histories in one message.
+
+    Returns:
+        The message; it names no session.
+    """
+    return pb.StateManifest(layers=map(_encode_layer, state.layers))
+
+
+def state_of_manifest(
+    manifest: pb.StateManifest, tensors: Sequence[Tensor]
+) -> SessionState:
+    """Put histories together again; whether they fit a session is not checked.
+
+    Args:
+        manifest: As `state_manifest` makes it.
+        tensors: Those of all layers in their order.
+
+    Returns:
+        The histories.
+
+    Raises:
+        InvalidRequestError: If the tensors are not those of the manifest.
+    """
+    headers = [_decode_layer(layer) for layer in manifest.layers]
+    declared = [(t.dtype, t.shape) for header in headers for t in header.tensors]
+    if declared != [(tensor.dtype, tuple(tensor.shape)) for tensor in tensors]:
+        raise InvalidRequestError("The tensors are not those that the manifest names.")
+    remaining = iter(tensors)
+    return SessionState(tuple(_build(header, remaining) for header in headers))
+
+
 class StateReceiver:
     """Joins frames to histories.
+
+    Args:
+        admit: Called before memory is taken for a layer.
+        max_layers: Most layers of one stream.
 
     Attributes:
         session_id: The session that all manifests named; None before the first.
     """
 
-    def __init__(self, admit: Admit) -> None:
+    def __init__(self, admit: Admit, max_layers: int = MAX_LAYERS) -> None:
         self._admit = admit
+        self._max_layers = max_layers
         self.session_id: str | None = None
         self._layers: list[LayerState] = []
         self._headers: list[LayerStateHeader] = []
@@ -106,6 +148,8 @@ class StateReceiver:
         if self.session_id not in {None, manifest.session_id}:
             raise InvalidRequestError("One stream has histories of two sessions.")
         self.session_id = manifest.session_id
+        count = len(self._layers) + len(manifest.layers)
+        check_layers("The histories are of", count, self._max_layers)
         self._headers = [_decode_layer(layer) for layer in manifest.layers]
         for header in self._headers:
             self._admit(manifest.session_id, header, self._nbytes)
