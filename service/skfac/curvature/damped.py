@@ -57,13 +57,22 @@ class DampedFactor:
         moment = self.moment
         return moment.form == "rows" and moment.tensor.shape[-2] < moment.dim
 
+    @property
+    def condition_bound(self) -> float:
+        """At least the condition `(λ_max + λ) / λ`: `λ_max` is not above the trace."""
+        return self._trace_bound / self.total_damping
+
+    @property
+    def _trace_bound(self) -> float:
+        return self.moment.trace / self.moment.weight + self.total_damping
+
     def refusal(
         self, damped: Float[Tensor, "*groups m m"], minor: int
     ) -> NoInverse | None:
         """Tell whether a factorization is to be trusted.
 
         Args:
-            damped: The matrix that was factorized.
+            damped: The matrix that was factorized, `weight` times this one.
             minor: Order of its first leading minor that is not positive; 0 if all are.
 
         Returns:
@@ -72,9 +81,9 @@ class DampedFactor:
         damping = self.total_damping
         limit = _ROUNDING_SHARE / torch.finfo(self.dtype).eps
         # No eigenvalue is above the trace, which is known, or the largest row sum.
-        largest = self.moment.trace / self.moment.weight + damping
+        largest = self._trace_bound
         if not largest / damping <= limit:
-            largest = float(damped.abs().sum(-1).amax())
+            largest = float(damped.abs().sum(-1).amax()) / self.moment.weight
         if not largest / damping <= limit:
             return NoInverse(
                 f"A factor with eigenvalues up to {largest - damping:.3g} and damping "

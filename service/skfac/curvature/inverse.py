@@ -5,9 +5,10 @@ The factor is `A = Xᵀ X / n` for rows `X: [n, d]`. With `n < d` it has rank at
 
     (A + λ I)⁻¹ = (I - V Vᵀ) / λ,    V = U L⁻ᵀ,
 
-so the `d × d` inverse is never formed, sent or applied. Otherwise the `d × d` matrix
-is inverted by Cholesky. With groups the factor is block diagonal: all of this holds
-for each block, under one damping.
+which is `Xᵀ M⁻ᵀ` with `M Mᵀ = X Xᵀ + n λ I`, so that nothing is divided by `n`. The
+`d × d` inverse is never formed, sent or applied. Otherwise the `d × d` matrix is
+inverted by Cholesky. With groups the factor is block diagonal: all of this holds for
+each block, under one damping.
 
 Source: Tang et al., "SKFAC: Training Neural Networks with Faster
 Kronecker-Factored Approximate Curvature", CVPR 2021. Deviations: products and
@@ -194,11 +195,11 @@ class DiagonalInverse:
     """`(A + λ I)⁻¹` of a diagonal factor.
 
     Attributes:
-        diagonal: The inverse's diagonal `1 / (a + λ)`, shape `[1, d]`.
+        diagonal: The inverse's diagonal `1 / (a + λ)`, shape `[1, d]`, or a stack.
         damping: `λ > 0`, in the units of the factor.
     """
 
-    diagonal: Float[Tensor, "1 dim"]
+    diagonal: Float[Tensor, "*stack 1 dim"]
     damping: float
 
     @property
@@ -220,8 +221,8 @@ class DiagonalInverse:
         return replace(self, diagonal=tensor)
 
     def left(
-        self, matrix: Float[Tensor, "dim columns"]
-    ) -> Float[Tensor, "dim columns"]:
+        self, matrix: Float[Tensor, "*stack dim columns"]
+    ) -> Float[Tensor, "*stack dim columns"]:
         """Multiply from the left.
 
         Returns:
@@ -229,7 +230,9 @@ class DiagonalInverse:
         """
         return self.diagonal.mT * matrix
 
-    def right(self, matrix: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows dim"]:
+    def right(
+        self, matrix: Float[Tensor, "*stack rows dim"]
+    ) -> Float[Tensor, "*stack rows dim"]:
         """Multiply from the right.
 
         Returns:
@@ -332,7 +335,8 @@ def _invert_grams(factors: list[DampedFactor]) -> list[FactorInverse | NoInverse
 
 
 def _damped_grams(factors: list[DampedFactor]) -> list[Tensor]:
-    # Of the rows if there are fewer of them than columns, else of the columns.
+    # Times the weight, which need not be divided by: of the rows if there are fewer of
+    # them than columns, else of the columns.
     by_rows = [factor for factor in factors if factor.moment.form == "rows"]
     sides = [
         factor.moment.tensor if factor.low_rank else factor.moment.tensor.mT
@@ -342,11 +346,8 @@ def _damped_grams(factors: list[DampedFactor]) -> list[Tensor]:
     grams = []
     for factor in factors:
         moment = factor.moment
-        if moment.form == "rows":
-            gram = next(products)[0].div_(moment.weight)
-        else:
-            gram = moment.tensor / moment.weight
-        gram.diagonal(dim1=-2, dim2=-1).add_(factor.total_damping)
+        gram = next(products)[0] if moment.form == "rows" else moment.tensor.clone()
+        gram.diagonal(dim1=-2, dim2=-1).add_(moment.weight * factor.total_damping)
         grams.append(gram)
     return grams
 
@@ -355,8 +356,6 @@ def _low_rank_inverses(
     factors: list[DampedFactor], choleskys: list[Tensor]
 ) -> list[FactorInverse]:
     roots = [root for (root,) in in_stacks(_inverse_root, choleskys)]
-    for factor, root in zip(factors, roots, strict=True):
-        root.div_(factor.moment.weight**0.5)  # cheaper than to divide the rows
     rows = [factor.moment.tensor for factor in factors]
     bases = in_stacks(lambda root, rows: (root @ rows,), roots, rows)
     return [
@@ -379,6 +378,9 @@ def _dense_inverses(
     # inverse, sent over a wire, would not give the same bits.
     matrices = in_stacks(lambda factor: (torch.cholesky_inverse(factor),), choleskys)
     return [
-        DenseInverse(matrix.mT.to(factor.dtype).contiguous(), factor.total_damping)
+        DenseInverse(
+            (matrix.mT * factor.moment.weight).to(factor.dtype).contiguous(),
+            factor.total_damping,
+        )
         for factor, (matrix,) in zip(factors, matrices, strict=True)
     ]

@@ -44,16 +44,17 @@ def kl_scale(model_decrease: Float[Tensor, ""], *, kl_clip: float) -> Float[Tens
 
 
 def graft_scale(
-    gradient_square: Float[Tensor, ""], direction_square: Float[Tensor, ""]
-) -> Float[Tensor, ""]:
-    """Factor that gives a layer's direction the length of its raw gradient.
+    gradient_square: Float[Tensor, "*layers"],
+    direction_square: Float[Tensor, "*layers"],
+) -> Float[Tensor, "*layers"]:
+    """Factors that give directions of layers the length of their raw gradients.
 
     Args:
-        gradient_square: `‖∇W‖²`, a scalar.
-        direction_square: `‖P‖²`, a scalar.
+        gradient_square: `‖∇W‖²`, a scalar or one for each layer.
+        direction_square: `‖P‖²`, likewise.
 
     Returns:
-        `‖∇W‖ / ‖P‖`, a scalar on the same device; 1 where `P` is zero.
+        `‖∇W‖ / ‖P‖` of each, on the same device; 1 where `P` is zero.
     """
     ratio = (gradient_square / direction_square).sqrt()
     return torch.where(direction_square == 0, torch.ones_like(ratio), ratio)

@@ -69,6 +69,7 @@ class Assembler:
 
     Attributes:
         nbytes: Bytes of the rows that wait for other ranks.
+        waiting: Their number, one for each layer, rank and step.
     """
 
     def __init__(self, spec: SessionSpec, *, timeout_s: float) -> None:
@@ -77,6 +78,7 @@ class Assembler:
         self._timeout_s = timeout_s
         self._open: dict[tuple[int, int], Assembly] = {}
         self._seen: dict[tuple[int, int], deque[int]] = {}  # (rank, layer) -> steps
+        self.waiting = 0
         self._left: dict[int, int] = {}  # layer -> newest step that was handed on
 
     @property
@@ -85,6 +87,14 @@ class Assembler:
         starts = (assembly.started_s for assembly in self._open.values())
         oldest = min(starts, default=None)
         return None if oldest is None else oldest + self._timeout_s
+
+    def completes(self, header: SnapshotHeader) -> bool:
+        """Tell whether rows are of assemblies that wait for them.
+
+        Returns:
+            Whether all of them are.
+        """
+        return all((rows.layer, header.step) in self._open for rows in header.layers)
 
     def wants(self, header: SnapshotHeader) -> bool:
         """Check the order of a rank's steps.
@@ -124,6 +134,7 @@ class Assembler:
             assembly.rows[snapshot.rank] = rows
             assembly.settings[snapshot.rank] = snapshot.settings
             self.nbytes += rows.nbytes
+            self.waiting += 1
             if len(assembly.rows) == self._spec.world_size:
                 complete.append(self._hand_on(assembly))
         return complete
@@ -150,6 +161,7 @@ class Assembler:
     def _hand_on(self, assembly: Assembly) -> Assembly:
         del self._open[assembly.layer, assembly.step]
         self.nbytes -= assembly.nbytes
+        self.waiting -= len(assembly.rows)
         newest = max(assembly.step, self._left.get(assembly.layer, -1))
         self._left[assembly.layer] = newest
         return assembly

@@ -1,6 +1,5 @@
 """Server configuration: plain data, validated once, never changed afterwards."""
 
-import ipaddress
 import os
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,6 +12,9 @@ from pydantic_settings import (
     SettingsConfigDict,
     TomlConfigSettingsSource,
 )
+
+from skfac.service.logs import LogFormat
+from skfac.wire.addresses import is_local
 
 MiB = 1024 * 1024
 GiB = 1024 * MiB
@@ -35,6 +37,8 @@ class EngineConfig(BaseModel):
         max_layers: Layers of one session.
         max_snapshot_bytes: Payload of one snapshot.
         max_session_bytes: Rows of one session that are not solved yet.
+        max_waiting: Their number, one for each layer, rank and step, whatever their
+            size: each takes about 2 KiB besides.
         max_history_bytes: What the histories of one session may take, besides those
             rows, once they are full: with `history="ema"` for each layer and side
             8 · groups · d · min(d, rank), with `"window"`
@@ -50,6 +54,7 @@ class EngineConfig(BaseModel):
     max_layers: Count = 4096
     max_snapshot_bytes: Count = 4 * GiB
     max_session_bytes: Count = 8 * GiB
+    max_waiting: Count = 1_000_000
     max_history_bytes: Count = 8 * GiB
 
     @field_validator("device")
@@ -77,40 +82,91 @@ class ServiceConfig(EngineConfig, BaseSettings):
 
     Attributes:
         address: `host:port` or `unix:/path` to listen on; port 0 picks a free one.
-        metrics_address: `host:port` of the Prometheus endpoint; empty for none.
-        insecure_remote: Listen beyond loopback although nothing is encrypted and any
+        metrics_address: `host:port` of the Prometheus endpoint and the status page;
+            empty for none. It is for operators: whoever reaches it sees all jobs.
+        status_page: Whether there is a status page on it.
+        metrics_exemplars: Add layer and step of an inversion to its latency's bucket,
+            for a Prometheus that stores exemplars.
+        tls_certificate: PEM file of the server's certificate and its chain; empty for
+            no TLS. It and the next two are read anew when they change.
+        tls_key: PEM file of its key.
+        tls_client_ca: PEM file of those who sign clients' certificates: every client
+            has to have one (mutual TLS).
+        access_file: Who may have which jobs, by token or certificate; empty: all who
+            can connect may have all. Read anew when it changes; docs/security.md says
+            what is in it.
+        insecure_remote: Listen beyond loopback although nothing is encrypted or any
             caller is trusted. Without it such an address is refused.
+        insecure_metrics: Give metrics, which name the jobs, to other machines.
+        health_address: `host:port` of a gRPC health service without TLS, for probes
+            that know no TLS; it tells `live` and `ready` and nothing else. Empty for
+            none.
         max_streams: Bulk streams at once; each rank holds two.
+        idle_s: A call whose peer lets the server wait this long, for a message or for
+            room to send one, is ended; but rows may come at any time as long as the
+            session is open.
         grace_s: Seconds that queued work and calls in flight get on SIGTERM.
+        state_dir: Directory that the histories of open sessions are saved to on
+            SIGTERM, and restored from at the next start; empty for none.
         log_level: Least severe messages that are logged.
+        log_format: `"text"`, or `"json"` for one object a line.
     """
 
     model_config = SettingsConfigDict(env_prefix="SKFAC_", frozen=True, extra="forbid")
 
     address: str = "127.0.0.1:50051"
     metrics_address: str = "127.0.0.1:9464"
+    status_page: bool = True
+    metrics_exemplars: bool = False
+    tls_certificate: str = ""
+    tls_key: str = ""
+    tls_client_ca: str = ""
+    access_file: str = ""
     insecure_remote: bool = False
+    insecure_metrics: bool = False
+    health_address: str = ""
     max_streams: Count = 256
+    idle_s: Seconds = 30.0
     grace_s: Seconds = 5.0
+    state_dir: str = ""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: LogFormat = "text"
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> "ServiceConfig":
+        if bool(self.tls_certificate) != bool(self.tls_key):
+            raise ValueError("tls_certificate and tls_key belong together: set both")
+        if self.tls_client_ca and not self.tls_certificate:
+            raise ValueError("tls_client_ca needs tls_certificate and tls_key")
+        return self
 
     @model_validator(mode="after")
     def _only_loopback_is_trusted(self) -> "ServiceConfig":
-        for name in ("address", "metrics_address"):
-            value: str = getattr(self, name)
-            if value and not self.insecure_remote and not is_local(value):
-                raise ValueError(
-                    f"{name} {value!r} can be reached from other machines and nothing "
-                    "is encrypted or authenticated; set insecure_remote to allow it"
-                )
+        known = bool(self.tls_client_ca or self.access_file)
+        safe = self.insecure_remote or (bool(self.tls_certificate) and known)
+        if not (safe or is_local(self.address)):
+            raise ValueError(
+                f"address {self.address!r} can be reached from other machines, and "
+                "nothing is encrypted or authenticated: set tls_certificate, tls_key "
+                "and access_file or tls_client_ca, or set insecure_remote to allow it"
+            )
+        open_metrics = self.insecure_remote or self.insecure_metrics
+        if self.metrics_address and not (
+            open_metrics or is_local(self.metrics_address)
+        ):
+            raise ValueError(
+                f"metrics_address {self.metrics_address!r} can be reached from other "
+                "machines, and nothing is encrypted or authenticated: set "
+                "insecure_metrics or set insecure_remote to allow it"
+            )
         return self
 
     @model_validator(mode="after")
     def _addresses_have_ports(self) -> "ServiceConfig":
-        for name in ("address", "metrics_address"):
+        for name in ("address", "metrics_address", "health_address"):
             value: str = getattr(self, name)
             unix = name == "address" and value.startswith("unix:")
-            optional = name == "metrics_address" and not value
+            optional = name != "address" and not value
             if not (unix or optional or value.rpartition(":")[2].isdigit()):
                 raise ValueError(f"{name} must end with a port, got {value!r}")
         return self
@@ -164,23 +220,3 @@ class ServiceConfig(EngineConfig, BaseSettings):
         with_file = type(cls.__name__, (cls,), {"model_config": config})
         loaded: ServiceConfig = with_file(**flags)
         return loaded
-
-
-def is_local(address: str) -> bool:
-    """Tell whether only processes of this machine can reach an address.
-
-    Args:
-        address: `host:port`, `[v6]:port` or `unix:path`.
-
-    Returns:
-        True for Unix sockets, loopback addresses and `localhost`.
-    """
-    if address.startswith("unix:"):
-        return True
-    host = address.rpartition(":")[0].strip("[]")
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -1,8 +1,8 @@
 """The seam between fronts and computation: what every engine can do."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol, Self
 
 from skfac.wire.outcome import Outcome
 from skfac.wire.session import SessionSpec
@@ -36,11 +36,20 @@ class LatencySummary:
 
 @dataclass(frozen=True)
 class LayerStatus:
-    """A layer and the newest version that was solved of it, if any."""
+    """A layer and the newest version that was solved of it, if any.
+
+    Attributes:
+        name: As declared.
+        newest_step: The version.
+        rows: Of that version.
+        behind_steps: From that version to the newest step that rows of the session
+            have come of.
+    """
 
     name: str
     newest_step: int | None
     rows: int
+    behind_steps: int | None
 
 
 @dataclass(frozen=True)
@@ -62,16 +71,97 @@ class SessionStatus:
 
 
 @dataclass(frozen=True)
-class EngineStatus:
-    """What an engine holds."""
+class StageStatus:
+    """One part of the way of (layer, step)s, over all sessions.
 
+    Attributes:
+        stage: Its name, one of `skfac.service.stages.STAGES`.
+        count: How many were timed since the engine was started.
+        total_s: What they took, added up.
+        latest: The latest of them.
+    """
+
+    stage: str
+    count: int
+    total_s: float
+    latest: LatencySummary
+
+
+@dataclass(frozen=True)
+class LoadStatus:
+    """How busy an engine is.
+
+    Attributes:
+        queue_depth: (Layer, step)s that wait for the solver.
+        queue_s: How long the oldest of them has waited.
+        busy_share: Of the solver's time, mostly of the last 10 s; 0 to 1.
+        memory_bytes: In use on the device, or by the process if that is the CPU.
+        memory_total_bytes: That there are.
+    """
+
+    queue_depth: int
+    queue_s: float
+    busy_share: float
+    memory_bytes: int
+    memory_total_bytes: int
+
+
+@dataclass(frozen=True)
+class RecentError:
+    """Failures or refusals of one kind, told once.
+
+    Attributes:
+        job: Whose.
+        layer: Of which layer; empty where no single one is at fault.
+        kind: `"failed"`, `"empty"`, or the name of a refusal's status.
+        message: That of the latest, cut where it is long.
+        count: How many there were.
+        age_s: Since the latest.
+    """
+
+    job: str
+    layer: str
+    kind: str
+    message: str
+    count: int
+    age_s: float
+
+
+@dataclass(frozen=True)
+class EngineStatus:
+    """What an engine holds, as `GetStatus` and the status page tell it."""
+
+    version: str
     device: str
     uptime_s: float
     sessions: tuple[SessionStatus, ...]
+    load: LoadStatus
+    stages: tuple[StageStatus, ...]
+    errors: tuple[RecentError, ...]
+
+    def only(self, shown: Callable[[str], bool]) -> Self:
+        """Leave out sessions and errors; load and stages stay the whole engine's.
+
+        Args:
+            shown: Whether what is of a job stays.
+
+        Returns:
+            What is left.
+        """
+        sessions = tuple(one for one in self.sessions if shown(one.job))
+        errors = tuple(one for one in self.errors if shown(one.job))
+        return replace(self, sessions=sessions, errors=errors)
 
 
 class Subscription(Protocol):
-    """The outcomes of one session as one rank receives them."""
+    """The outcomes of one session as one rank receives them.
+
+    Attributes:
+        published_s: When the oldest outcome of the latest `take` was published or, if
+            that is later, the subscription opened; by the engine's clock.
+    """
+
+    published_s: float
 
     def take(self, timeout_s: float) -> list[Outcome]:
         """Wait for outcomes that were not taken yet.
@@ -88,8 +178,8 @@ class Subscription(Protocol):
         """Stop receiving; idempotent."""
 
 
-class Engine(Protocol):
-    """Takes snapshots, inverts their factors and publishes versions, in its own time.
+class EngineCalls(Protocol):
+    """What callers can do with an engine.
 
     All methods may be called from any thread, and none waits for a computation.
     """
@@ -194,6 +284,10 @@ class Engine(Protocol):
         Raises:
             SessionNotFoundError: If a session is named and unknown.
         """
+
+
+class Engine(EngineCalls, Protocol):
+    """Takes snapshots, inverts their factors and publishes versions in its own time."""
 
     def drain(self, timeout_s: float) -> bool:
         """Refuse new work and wait until what was accepted is published.

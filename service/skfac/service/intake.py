@@ -2,9 +2,11 @@
 
 import time
 
-from skfac.service.engine import Engine
+from skfac.service.engine import EngineCalls
 from skfac.service.metrics import Metrics
+from skfac.service.receiving import Receiving, Share
 from skfac.service.regions import OpenRegion, Regions
+from skfac.service.stages import RECEIVE
 from skfac.v1 import preconditioning_pb2 as pb
 from skfac.wire.codec import (
     build_snapshot,
@@ -16,11 +18,13 @@ from skfac.wire.errors import (
     LimitExceededError,
     ServiceError,
     SessionMismatchError,
+    SessionNotFoundError,
     code_of,
 )
-from skfac.wire.frames import Frame, PayloadBuffer, parse_frame
+from skfac.wire.frames import Frame, parse_frame, payload_nbytes
 from skfac.wire.memory import Pool
-from skfac.wire.messages import parse
+from skfac.wire.messages import check_layers, parse
+from skfac.wire.payload import PayloadBuffer
 from skfac.wire.shared_memory import Area
 from skfac.wire.snapshot import SnapshotHeader
 
@@ -36,15 +40,26 @@ class Intake:
     """
 
     def __init__(
-        self, engine: Engine, metrics: Metrics, regions: Regions, *, pinned: bool
+        self,
+        engine: EngineCalls,
+        metrics: Metrics,
+        regions: Regions,
+        *,
+        session_id: str,
+        receiving: Receiving,
+        max_layers: int,
+        pinned: bool,
     ) -> None:
         self._engine = engine
         self._metrics = metrics
         self._regions = regions
         self._region: OpenRegion | None = None
+        self._max_layers = max_layers
         self._pinned = pinned
+        self._receiving = receiving
+        self._share: Share | None = None  # of the buffer
         self._pool = Pool()
-        self._session_id, self._step = "", 0
+        self._session_id, self._step = session_id, 0
         self._header: SnapshotHeader | None = None
         self._buffer: PayloadBuffer | None = None
         self._skipping = False
@@ -84,15 +99,30 @@ class Intake:
         if self._buffer is not None:
             raise self._truncated()
 
+    def may_wait(self) -> bool:
+        """Tell whether the peer may take its time before the next frame.
+
+        Returns:
+            Whether it owes nothing of a snapshot and its session is open.
+        """
+        if self._buffer is not None or not self._session_id:
+            return False
+        try:
+            return bool(self._engine.status(self._session_id).sessions)
+        except ServiceError:
+            return False
+
     def close(self) -> None:
-        """End the use of shared memory; idempotent."""
+        """End the use of memory, shared or not; idempotent."""
+        self._drop_buffer()
         if self._region is not None:
             self._region.close()
 
     def _open_region(self, message: memoryview) -> pb.PushSnapshotsResponse:
         try:
             offer = parse(pb.SharedRegion, message)
-        except InvalidRequestError:
+            self._engine.status(offer.session_id)  # it must be the caller's
+        except (InvalidRequestError, SessionNotFoundError):
             return pb.PushSnapshotsResponse(region_accepted=False)
         if self._region is None:
             self._region = self._regions.open(offer)
@@ -104,6 +134,8 @@ class Intake:
             self._header, self._skipping, self._step = None, False, 0
             manifest = parse_snapshot_manifest(frame.manifest)
             self._session_id, self._step = manifest.session_id, manifest.step
+            whose, count = f"Step {self._step} has", len(manifest.layers)
+            check_layers(whose, count, self._max_layers)
             self._header = header = decode_snapshot_header(manifest)
             if not self._engine.admit(self._session_id, header):
                 self._skipping = True
@@ -119,6 +151,8 @@ class Intake:
         return [self._submit(self._header, self._buffer)]
 
     def _begin(self, header: SnapshotHeader) -> PayloadBuffer:
+        nbytes = payload_nbytes(header.tensors)
+        self._share = self._receiving.begin(self._session_id, nbytes)
         area = Area(-1, 0, 0) if self._region is None else self._region.up
         buffer = PayloadBuffer(header.tensors, pinned=self._pinned, pool=self._pool)
         buffer.read_shared(area)
@@ -127,13 +161,19 @@ class Intake:
     def _submit(
         self, header: SnapshotHeader, buffer: PayloadBuffer
     ) -> pb.PushSnapshotsResponse:
-        self._buffer = None
         received_s = time.monotonic() - self._began_s
         snapshot = build_snapshot(header, buffer.tensors())
+        self._drop_buffer()  # from here on the engine counts it
         new = self._engine.submit(self._session_id, snapshot)
-        self._metrics.receive_s.observe(received_s)
+        self._metrics.observe(RECEIVE, "", received_s)
         self._header = None
         return pb.PushSnapshotsResponse(step=header.step, duplicate=not new)
+
+    def _drop_buffer(self) -> None:
+        self._buffer = None
+        if self._share is not None:
+            self._share.close()
+            self._share = None
 
     def _truncated(self) -> InvalidRequestError:
         assert self._buffer is not None
@@ -144,7 +184,8 @@ class Intake:
         )
 
     def _refuse(self, error: ServiceError) -> pb.PushSnapshotsResponse:
-        self._buffer = self._header = None
+        self._drop_buffer()
+        self._header = None
         self._skipping = True
         refusal = pb.Refusal(code=code_of(error), message=str(error))
         return pb.PushSnapshotsResponse(step=self._step, refusal=refusal)

@@ -11,7 +11,9 @@ from skfac.service.assembler import Assembly
 from skfac.service.config import EngineConfig
 from skfac.service.engine import EngineStatus, SessionGrant
 from skfac.service.histories import check_finite
+from skfac.service.load import memory_bytes
 from skfac.service.metrics import Metrics
+from skfac.service.monitor import Monitor
 from skfac.service.scheduler import Scheduler, Task, batch_limits
 from skfac.service.session import Session, first_bad_rows
 from skfac.service.sessions import Sessions
@@ -22,9 +24,8 @@ from skfac.wire.errors import (
     ServerUnavailableError,
     ServiceError,
     SessionNotFoundError,
-    status_of,
 )
-from skfac.wire.outcome import Loss, Outcome, Version
+from skfac.wire.outcome import Loss, Outcome
 from skfac.wire.session import SessionSpec
 from skfac.wire.snapshot import Snapshot, SnapshotHeader
 from skfac.wire.state import LayerStateHeader, SessionState
@@ -44,22 +45,26 @@ class LocalEngine:
         config: EngineConfig | None = None,
         metrics: Metrics | None = None,
         clock: Callable[[], float] = time.monotonic,
+        saved: Callable[[SessionSpec], SessionState] = lambda _: SessionState(()),
     ) -> None:
         self._config = config or EngineConfig()
         self._metrics = metrics or Metrics()
+        self._monitor = Monitor(self._config.device, self._metrics, clock)
         self._clock = clock
-        self._started_s = clock()
         self._changed = threading.Condition()
-        self._sessions = Sessions(self._config)
-        self._solver = Solver(self._config.device)
+        self._solver = solver = Solver(self._config.device)
+        self._sessions = Sessions(self._config, lambda spec: solver.load(saved(spec)))
         self._scheduler = Scheduler(batch_limits(self._config.device))
         self._solving = self._draining = self._closed = False
+        self._metrics.sessions_limit.set(self._config.max_sessions)
+        self._metrics.measure(
+            queue_oldest_s=self._queue_oldest_s,
+            device_memory=lambda: memory_bytes(self._config.device),
+        )
         self._thread = threading.Thread(
             target=self._run, name="skfac-engine", daemon=True
         )
         self._thread.start()
-
-    # ---------------------------------------------------------------- calls
 
     def open_session(self, spec: SessionSpec, rank: int) -> SessionGrant:
         """Open or join the session of a job; idempotent.
@@ -72,7 +77,8 @@ class LocalEngine:
         """
         with self._changed:
             self._check_open()
-            self._sessions.check(spec, rank)
+            with self._monitor.remembering(spec.job):
+                self._sessions.check(spec, rank)
             session = self._sessions.of_job(spec.job)
             if session is not None and session.spec.instance != spec.instance:
                 self._sessions.replace(session)
@@ -81,7 +87,7 @@ class LocalEngine:
             if session is None:
                 session = self._sessions.open(spec, self._clock())
                 self._metrics.open_session(spec.job)
-                self._metrics.sessions.set(len(self._sessions))
+                self._monitor.sessions_changed(len(self._sessions))
             session.open_ranks.add(rank)
             session.last_seen_s = self._clock()
             self._changed.notify_all()  # the thread must learn of the new lease
@@ -99,14 +105,18 @@ class LocalEngine:
             ServiceError: As `Engine.admit` lists them.
         """
         with self._changed:
-            session = self._touch(session_id)
+            session = self._touch(session_id, header)
             try:
                 session.check(header)
                 wanted = session.assembler.wants(header)
                 if wanted:
-                    session.check_quota(header, self._scheduler.nbytes(session_id))
+                    session.check_quota(
+                        header,
+                        self._scheduler.nbytes(session_id),
+                        self._scheduler.parts(session_id),
+                    )
             except ServiceError as error:
-                self._count_refused(session, error)
+                self._monitor.refused(session, error)
                 raise
             return wanted
 
@@ -123,17 +133,22 @@ class LocalEngine:
             return False
         bad = first_bad_rows(snapshot)
         with self._changed:
-            session = self._touch(session_id)
+            session = self._touch(session_id, snapshot.header)
             if bad is not None:
                 layer, side = session.spec.layers[bad[0]].name, bad[1]
                 error = InvalidRequestError(
                     f"The {side} of layer {layer!r} at step {snapshot.step} have NaN "
-                    "or infinite entries; the whole snapshot is dropped."
+                    "or infinite entries; the whole snapshot is dropped.",
+                    layer=layer,
                 )
-                self._count_refused(session, error)
+                self._monitor.refused(session, error)
                 raise error
             nbytes = sum(tensor.nbytes for tensor in snapshot.tensors)
             self._metrics.received_bytes.labels(session.spec.job).inc(nbytes)
+            session.newest_step = max(session.newest_step, snapshot.step)
+            self._metrics.observe_report(session.spec.job, snapshot.report)
+            interval_s = session.since_latest(snapshot.rank, self._clock())
+            self._metrics.observe_interval(session.spec.job, interval_s)
             for assembly in session.assembler.add(snapshot, self._clock()):
                 self._enqueue(session, assembly)
             self._changed.notify_all()
@@ -189,7 +204,9 @@ class LocalEngine:
             ServiceError: As `Engine.admit_state` lists them.
         """
         with self._changed:
-            self._touch(session_id).histories.check_state(header, taken_bytes)
+            session = self._touch(session_id)
+            with self._monitor.remembering(session.spec.job):
+                session.histories.check_state(header, taken_bytes)
 
     def import_state(self, session_id: str, state: SessionState) -> None:
         """Replace the histories of a session; its tensors must not change afterwards.
@@ -222,29 +239,38 @@ class LocalEngine:
             SessionNotFoundError: If a session is named and unknown.
         """
         with self._changed:
-            now_s = self._clock()
             named = [self._sessions.find(session_id)] if session_id else self._sessions
-            sessions = tuple(
-                s.status(now_s, self._scheduler.queued(s.session_id)) for s in named
-            )
-            uptime_s = now_s - self._started_s
-            return EngineStatus(self._config.device, uptime_s, sessions)
+            sessions = list(named)
+        whole = self._monitor.status(sessions, self._scheduler, self._changed)
+        jobs = {one.spec.job for one in sessions}
+        return whole.only(jobs.__contains__) if session_id else whole
 
     def drain(self, timeout_s: float) -> bool:
         """Refuse new work and wait until what was accepted is published.
 
+        Rows that others wait for are taken for half of the time.
+
         Returns:
             Whether everything was published in time.
         """
+        ends_s = self._clock() + timeout_s
         with self._changed:
             self._draining = True
+            self._changed.wait_for(self._sessions.nothing_waits, timeout_s / 2)
             for session in self._sessions:
                 for assembly in session.assembler.expired(math.inf):
                     self._enqueue(session, assembly)
             self._changed.notify_all()
             return self._changed.wait_for(
-                lambda: not self._solving and not len(self._scheduler), timeout_s
+                lambda: not self._solving and not len(self._scheduler),
+                ends_s - self._clock(),
             )
+
+    @property
+    def open_sessions(self) -> list[Session]:
+        """The sessions there are."""
+        with self._changed:
+            return list(self._sessions)
 
     def close(self) -> None:
         """Stop all work and end all subscriptions; idempotent."""
@@ -256,8 +282,6 @@ class LocalEngine:
                 self._forget(session)
             self._changed.notify_all()
         self._thread.join()
-
-    # ---------------------------------------------------------------- the thread
 
     def _run(self) -> None:
         while self._solve_next():
@@ -272,6 +296,7 @@ class LocalEngine:
         solutions = self._solve(batch)
         with self._changed:
             self._solving = False
+            self._monitor.solved()
             for task, solution in zip(batch, solutions, strict=True):
                 self._publish(task, solution, began_s)
             self._changed.notify_all()
@@ -282,10 +307,9 @@ class LocalEngine:
             while not self._closed:
                 self._look_at_deadlines()
                 batch = self._scheduler.take()
-                self._metrics.queue_depth.set(len(self._scheduler))
+                self._monitor.took(batch, len(self._scheduler))
                 if batch:
                     self._solving = True
-                    self._metrics.batch_size.observe(len(batch))
                     return [self._with_history(task) for task in batch]
                 self._changed.wait(self._until_deadline_s())
         return []
@@ -316,38 +340,19 @@ class LocalEngine:
                 self._close_session(session, lease)
 
     def _until_deadline_s(self) -> float | None:
-        ends = [session.lease_ends_s() for session in self._sessions]
-        ends += [session.assembler.deadline_s for session in self._sessions]
-        nearest = min((end for end in ends if end is not None), default=None)
+        nearest = self._sessions.next_end_s()
         return None if nearest is None else max(nearest - self._clock(), 0.0)
 
     def _publish(self, task: Task, solution: Solution, began_s: float) -> None:
-        job, now_s = task.spec.job, self._clock()
         session = self._sessions.get(task.session_id)
         if session is None:
             return  # closed while the solver was at it
-        stages = self._metrics.stage_s
-        assembled_s = task.queued_s - task.assembly.started_s
-        stages.labels(job, "assemble").observe(assembled_s)
-        stages.labels(job, "queue").observe(began_s - task.queued_s)
-        stages.labels(job, "solve").observe(now_s - began_s)
-        self._metrics.retries.labels(job).inc(solution.retries)
         if solution.history is not None:
             layer, step = task.assembly.layer, task.assembly.step
             session.histories.store(layer, step, solution.history)
             self._show_history(session)
-        if isinstance(solution.outcome, Version):
-            latency_s = now_s - task.queued_s
-            session.latencies_s.append(latency_s)
-            self._metrics.inversion_s.labels(job).observe(latency_s)
-            self._metrics.observe_ranks(job, solution.outcome.preconditioner)
-            session.failing.discard(solution.outcome.layer)
-        elif solution.outcome.layer not in session.failing:
-            session.failing.add(solution.outcome.layer)  # said once, not every step
-            logger.warning("Job %r: %s", job, solution.outcome.message)
+        self._monitor.published(session, task, solution, began_s)
         self._record(session, solution.outcome)
-
-    # ---------------------------------------------------------------- bookkeeping
 
     def _enqueue(self, session: Session, assembly: Assembly) -> None:
         session.histories.begun = True
@@ -358,10 +363,13 @@ class LocalEngine:
             self._record(session, Loss(layer, step, "superseded", text))
 
     def _record(self, session: Session, outcome: Outcome) -> None:
-        name = "solved" if isinstance(outcome, Version) else outcome.reason
-        session.outcomes[name] += 1
-        self._metrics.outcomes.labels(session.spec.job, name).inc()
-        session.publisher.publish(outcome)
+        self._monitor.recorded(session, outcome)
+        session.publisher.publish(outcome, self._clock())
+
+    def _queue_oldest_s(self) -> float:
+        with self._changed:
+            oldest_s = self._scheduler.oldest_s
+            return 0.0 if oldest_s is None else self._clock() - oldest_s
 
     def _show_history(self, session: Session) -> None:
         nbytes = session.histories.nbytes
@@ -374,20 +382,17 @@ class LocalEngine:
     def _forget(self, session: Session) -> None:
         self._scheduler.drop_session(session.session_id)
         self._metrics.close_session(session.spec.job)
-        self._metrics.sessions.set(len(self._sessions))
+        self._monitor.sessions_changed(len(self._sessions))
         self._changed.notify_all()
 
     def _check_open(self) -> None:
         if self._draining:
             raise ServerUnavailableError("The server is stopping.")
 
-    def _touch(self, session_id: str) -> Session:
-        self._check_open()
+    def _touch(self, session_id: str, rows: SnapshotHeader | None = None) -> Session:
+        found = self._sessions.get(session_id)
+        if rows is None or found is None or not found.assembler.completes(rows):
+            self._check_open()
         session = self._sessions.find(session_id)
         session.last_seen_s = self._clock()
         return session
-
-    def _count_refused(self, session: Session, error: ServiceError) -> None:
-        session.refused += 1
-        self._metrics.refused.labels(session.spec.job, status_of(error).name).inc()
-        logger.info("Job %r: refused: %s", session.spec.job, error)

@@ -1,12 +1,15 @@
-"""The command line: `skfac serve`, `skfac status` and `skfac ray`."""
+"""The command line: `skfac serve`, `status`, `top`, `token` and `ray`."""
 
 import json
 import logging
+import os
+import secrets
 import signal
 import threading
-import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import grpc
 import typer
@@ -16,14 +19,23 @@ from pydantic_settings import SettingsError
 from rich.console import Console
 from rich.live import Live
 
+from skfac.service.access import rule_of_token
 from skfac.service.config import ServiceConfig
+from skfac.service.logs import configure_logs
 from skfac.service.ray_main import name_and_value, ray_app
 from skfac.service.server import Server
-from skfac.service.table import status_table
+from skfac.service.table import StatusView
 from skfac.v1 import preconditioning_pb2 as pb
 from skfac.v1 import preconditioning_pb2_grpc as rpc
 from skfac.wire.allocator import keep_large_blocks, share_one_arena
-from skfac.wire.channel import CLIENT_OPTIONS
+from skfac.wire.credentials import Credentials, open_channel
+from skfac.wire.errors import ConfigurationError
+from skfac.wire.handshake import why_unavailable
+
+_SIGNALS_SEEN_EVERY_S = 0.5
+_NOT_SAVED = 3  # exit code: stopped in order, but histories are lost
+
+logger = logging.getLogger(__name__)
 
 app = typer.Typer(
     help="SKFAC preconditioning as a service.",
@@ -55,11 +67,15 @@ def serve(
 ) -> None:
     """Run a preconditioning server until SIGTERM or Ctrl-C.
 
+    It ends with 0, or with 3 if histories could not be saved to state_dir.
+
     Settings come, strongest first, from flags, SKFAC_* environment variables (such as
     SKFAC_ADDRESS), the TOML file and the defaults. The settings are: address,
-    metrics_address, insecure_remote, device, max_streams, grace_s, log_level, lease_s,
+    metrics_address, status_page, metrics_exemplars, insecure_remote, device,
+    max_streams, idle_s, grace_s, state_dir, health_address, tls_certificate, tls_key,
+    tls_client_ca, access_file, insecure_metrics, log_level, log_format, lease_s,
     assembly_timeout_s, max_sessions, max_layers, max_snapshot_bytes,
-    max_session_bytes, max_history_bytes.
+    max_session_bytes, max_waiting, max_history_bytes.
 
     Example: skfac serve --address 127.0.0.1:50051 --set lease_s=120
     """
@@ -70,10 +86,7 @@ def serve(
         loaded = ServiceConfig.load(config, flags)
     except (ValidationError, SettingsError, FileNotFoundError, ValueError) as error:
         raise _usage_error(error) from None
-    logging.basicConfig(
-        level=loaded.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    logs = configure_logs(loaded.log_level, loaded.log_format)
     share_one_arena()
     keep_large_blocks()
     stop = threading.Event()
@@ -81,52 +94,174 @@ def serve(
         signal.signal(number, lambda *_: stop.set())
     try:
         server = Server(loaded)
-    except OSError as error:
+    except (OSError, ConfigurationError) as error:
         raise _usage_error(error) from None
+    logs.count_losses(server.metrics.lost_log_lines.inc)
     with server:
         typer.echo(f"Serving on {server.address}")
         if server.metrics_address:
             typer.echo(f"Metrics on http://{server.metrics_address}/metrics")
-        stop.wait()
+            if loaded.status_page:
+                typer.echo(f"Status on http://{server.metrics_address}/")
+        # The kernel may give a signal to any thread, which does not wake this one, and
+        # Python runs the handler only when this thread comes to itself.
+        while not stop.wait(_SIGNALS_SEEN_EVERY_S):
+            pass
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
-        typer.echo("Stopping: solving what was accepted.")
+        logger.info("Stopping: solving what was accepted.")
+    if server.unsaved:
+        logger.error("Histories of %d sessions were not saved.", server.unsaved)
+        raise typer.Exit(_NOT_SAVED)
+
+
+_Address = Annotated[str, typer.Argument(help="host:port or unix:/path of a server.")]
+
+
+_RootCa = Annotated[
+    str | None,
+    typer.Option(help="PEM file of who signs servers, or system; none for no TLS."),
+]
+_Certificate = Annotated[
+    Path | None, typer.Option(help="PEM file of the own certificate.")
+]
+_Key = Annotated[Path | None, typer.Option(help="PEM file of its key.")]
+_TokenFile = Annotated[Path | None, typer.Option(help="File that holds a token.")]
+_ServerName = Annotated[
+    str | None,
+    typer.Option(help="Name in the server's certificate, if not its host."),
+]
 
 
 @app.command()
 def status(
-    address: Annotated[
-        str, typer.Argument(help="host:port or unix:/path of a server.")
-    ] = "127.0.0.1:50051",
-    watch: Annotated[
-        float, typer.Option(help="Show it again every so many seconds; 0 for once.")
-    ] = 0.0,
+    address: _Address = "127.0.0.1:50051",
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object instead of a table.")
+        bool, typer.Option("--json", help="Print one JSON object instead of tables.")
     ] = False,
+    root_ca: _RootCa = None,
+    certificate: _Certificate = None,
+    key: _Key = None,
+    token_file: _TokenFile = None,
+    server_name: _ServerName = None,
 ) -> None:
-    """Show the sessions, versions and latencies of a running server.
+    """Show load, latencies, sessions, errors and layers of a running server, once.
 
-    Example: skfac status 127.0.0.1:50051 --watch 1
+    Example: skfac status 127.0.0.1:50051 --json
     """
-    with grpc.insecure_channel(address, CLIENT_OPTIONS) as channel:
+    credentials = _credentials(
+        root_ca=root_ca,
+        certificate=certificate,
+        key=key,
+        token_file=token_file,
+        server_name=server_name,
+    )
+    with _answers(address, credentials) as ask:
+        answer = ask()
+        if as_json:
+            as_dict = MessageToDict(answer, preserving_proto_field_name=True)
+            typer.echo(json.dumps(as_dict))
+        else:
+            Console().print(StatusView(answer))
+
+
+@app.command()
+def top(
+    address: _Address = "127.0.0.1:50051",
+    refresh_s: Annotated[
+        float, typer.Option("--refresh", min=0.1, help="Seconds from one to the next.")
+    ] = 2.0,
+    root_ca: _RootCa = None,
+    certificate: _Certificate = None,
+    key: _Key = None,
+    token_file: _TokenFile = None,
+    server_name: _ServerName = None,
+) -> None:
+    """Show what `skfac status` shows, again and again until Ctrl-C.
+
+    Where the output is no terminal it is shown once.
+
+    Example: skfac top 127.0.0.1:50051 --refresh 1
+    """
+    console = Console()
+    credentials = _credentials(
+        root_ca=root_ca,
+        certificate=certificate,
+        key=key,
+        token_file=token_file,
+        server_name=server_name,
+    )
+    with _answers(address, credentials) as ask:
+        answer = ask()
+        if not console.is_terminal:
+            console.print(StatusView(answer))
+            return
+        # An exception instead might be raised where it is swallowed, as in a callback.
+        stop = threading.Event()
+        signal.signal(signal.SIGINT, lambda *_: stop.set())
+        first = StatusView(answer)
+        with Live(first, console=console, screen=True, auto_refresh=False) as live:
+            while not stop.wait(refresh_s):
+                try:
+                    answer, warning = ask(), ""
+                except grpc.RpcError as error:
+                    why = _no_answer(address, credentials, error)
+                    warning = f"{why} What follows is old."
+                live.update(StatusView(answer, warning), refresh=True)
+
+
+@contextmanager
+def _answers(
+    address: str, credentials: Credentials
+) -> Iterator[Callable[[], pb.GetStatusResponse]]:
+    try:
+        opened = open_channel(address, credentials)
+    except ConfigurationError as error:
+        raise _usage_error(error) from None
+    with opened as channel:
         stub = rpc.PreconditioningServiceStub(channel)
         try:
-            answer = stub.GetStatus(pb.GetStatusRequest(), timeout=5.0)
-            if as_json:
-                as_dict = MessageToDict(answer, preserving_proto_field_name=True)
-                typer.echo(json.dumps(as_dict))
-                return
-            with Live(status_table(answer), console=Console()) as live:
-                while watch:
-                    time.sleep(watch)
-                    answer = stub.GetStatus(pb.GetStatusRequest(), timeout=5.0)
-                    live.update(status_table(answer))
+            yield lambda: stub.GetStatus(pb.GetStatusRequest(), timeout=5.0)
         except grpc.RpcError as error:
-            typer.echo(f"No answer from {address}: {error.details()}", err=True)
+            typer.echo(_no_answer(address, credentials, error), err=True)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             raise typer.Exit(0) from None
+
+
+def _no_answer(address: str, credentials: Credentials, error: grpc.RpcError) -> str:
+    why = why_unavailable(address, credentials) or error.details()
+    return f"No answer from {address}: {why}"
+
+
+def _credentials(**given: Any) -> Credentials:  # noqa: ANN401
+    try:
+        return Credentials(**given)
+    except ConfigurationError as error:
+        raise _usage_error(error) from None
+
+
+@app.command()
+def token(
+    jobs: Annotated[str, typer.Argument(help="Pattern of jobs, such as 'mnist-*'.")],
+    file: Annotated[Path, typer.Argument(help="Where to write it; must not exist.")],
+) -> None:
+    """Make a token for jobs, in a file that only its user can read.
+
+    Prints the line for the server's access_file, which does not reveal the token.
+
+    Example: skfac token 'mnist-*' mnist.token >> access
+    """
+    if len(jobs.split()) != 1 or "#" in jobs:
+        raise typer.BadParameter("A pattern of jobs has no spaces or '#'; '?' is any.")
+    made = secrets.token_urlsafe(32)
+    try:
+        opened = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except OSError as error:
+        raise typer.BadParameter(f"Cannot make {file}: {error.strerror}.") from None
+    with os.fdopen(opened, "w") as stream:
+        stream.write(made + "\n")
+    typer.echo(rule_of_token(jobs, made))
 
 
 def _usage_error(error: Exception) -> typer.BadParameter:

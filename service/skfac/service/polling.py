@@ -69,12 +69,12 @@ class PolledSubscriptions:
             self._polled[name] = _Polled(subscription, session.job, self._clock())
         return name
 
-    def take(self, name: str, timeout_s: float) -> tuple[str, list[Outcome]]:
+    def take(self, name: str, timeout_s: float) -> tuple[str, float, list[Outcome]]:
         """Wait for outcomes that were not taken yet.
 
         Returns:
-            The session's job; the outcomes, which are none after `timeout_s` or if the
-            subscription was closed meanwhile.
+            The session's job; the subscription's `published_s`; the outcomes, which are
+            none after `timeout_s` or if the subscription was closed meanwhile.
 
         Raises:
             SessionNotFoundError: If the subscription is closed.
@@ -89,7 +89,8 @@ class PolledSubscriptions:
                 )
             polled.taking += 1
         try:
-            return polled.job, polled.subscription.take(timeout_s)
+            outcomes = polled.subscription.take(timeout_s)
+            return polled.job, polled.subscription.published_s, outcomes
         except ServiceError:
             self.close(name)
             raise

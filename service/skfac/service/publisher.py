@@ -1,7 +1,9 @@
 """Keeps the latest outcomes of one session for its subscribers."""
 
-from collections import deque
+import math
+from collections import OrderedDict, deque
 from collections.abc import Mapping
+from itertools import takewhile
 
 from skfac.wire.outcome import Outcome, Version
 from skfac.wire.session import SessionSpec
@@ -16,9 +18,8 @@ class Publisher:
 
     def __init__(self, spec: SessionSpec) -> None:
         length = spec.versions_in_flight + 1
-        self._kept: list[deque[tuple[int, Outcome]]] = [
-            deque(maxlen=length) for _ in spec.layers
-        ]
+        self._numbers: list[deque[int]] = [deque(maxlen=length) for _ in spec.layers]
+        self._kept: OrderedDict[int, tuple[float, Outcome]] = OrderedDict()  # by number
         self._newest: dict[int, Version] = {}
         self._published = 0
 
@@ -27,10 +28,14 @@ class Publisher:
         """Number of the newest outcome."""
         return self._published
 
-    def publish(self, outcome: Outcome) -> None:
+    def publish(self, outcome: Outcome, now_s: float) -> None:
         """Add an outcome."""
         self._published += 1
-        self._kept[outcome.layer].append((self._published, outcome))
+        numbers = self._numbers[outcome.layer]
+        if len(numbers) == numbers.maxlen:
+            del self._kept[numbers[0]]
+        numbers.append(self._published)
+        self._kept[self._published] = now_s, outcome
         newest = self._newest.get(outcome.layer)
         if isinstance(outcome, Version) and (not newest or outcome.step > newest.step):
             self._newest[outcome.layer] = outcome
@@ -45,19 +50,27 @@ class Publisher:
         Returns:
             Newer outcomes in the order they were published.
         """
-        if position == self._published:
-            return []
-        numbered = [entry for kept in self._kept for entry in kept]
-        return [
-            outcome
-            for number, outcome in sorted(numbered, key=lambda entry: entry[0])
-            if number > position and outcome.step > held.get(outcome.layer, -1)
-        ]
+        outcomes = (outcome for _, outcome in reversed(self._newer(position)))
+        return [o for o in outcomes if o.step > held.get(o.layer, -1)]
 
-    def newest_version(self, layer: int) -> Version | None:
-        """Find the newest preconditioner of a layer.
+    def oldest_s(self, position: int) -> float:
+        """Find when the first outcome after a position was published.
 
         Returns:
-            It, or None if there is none.
+            The time of the oldest that is kept; infinity if there is none.
         """
-        return self._newest.get(layer)
+        newer = self._newer(position)
+        return newer[-1][0] if newer else math.inf
+
+    def newest_versions(self) -> dict[int, Version]:
+        """Copy the newest preconditioners.
+
+        Returns:
+            They by layer.
+        """
+        return dict(self._newest)
+
+    def _newer(self, position: int) -> list[tuple[float, Outcome]]:
+        # From the end: all subscribers ask this under one lock, of thousands of layers.
+        newer = takewhile(lambda number: number > position, reversed(self._kept))
+        return [self._kept[number] for number in newer]

@@ -21,7 +21,9 @@ from skfac.service.local_engine import LocalEngine
 from skfac.service.metrics import Metrics
 from skfac.service.polling import PolledSubscriptions
 from skfac.service.ray_metrics import RayMetrics
+from skfac.service.stages import RECEIVE
 from skfac.v1 import preconditioning_pb2 as pb
+from skfac.wire import direct
 from skfac.wire.codec import (
     build_snapshot,
     decode_session,
@@ -59,10 +61,14 @@ class EngineActor:
     Args:
         settings: Of an `EngineConfig`.
         max_ranks: Ranks that can receive outcomes at once.
+        takes_direct: Whether it was made for Ray Direct Transport.
     """
 
-    def __init__(self, settings: Mapping[str, Any], max_ranks: int) -> None:
+    def __init__(
+        self, settings: Mapping[str, Any], max_ranks: int, *, takes_direct: bool
+    ) -> None:
         config = EngineConfig.model_validate(settings)
+        self._direct = takes_direct and direct.is_available()
         self._pinned = config.device.startswith("cuda")
         self._metrics = Metrics()
         self._engine = LocalEngine(config, self._metrics)
@@ -79,11 +85,12 @@ class EngineActor:
             rank: Of the caller.
 
         Returns:
-            The fields of a `SessionGrant`.
+            The fields of a `SessionGrant`, and as `direct` whether rows may come past
+            the object store.
         """
         message = parse(pb.SessionSpec, memoryview(spec))
         grant = self._engine.open_session(decode_session(message), rank)
-        return asdict(grant)
+        return {**asdict(grant), "direct": self._direct}
 
     def close_session(self, session_id: str, rank: int) -> None:
         """Take one rank out; the last one closes the session."""
@@ -97,8 +104,9 @@ class EngineActor:
 
         Args:
             manifest: A serialized `SnapshotManifest`.
-            payload: A reference to an array of bytes for each tensor. It is in a list
-                so that Ray does not fetch it before the manifest is checked.
+            payload: A reference to an array (or, past the store, a tensor) of bytes for
+                each tensor. It is in a list so that Ray does not fetch it before the
+                manifest is checked.
 
         Returns:
             False if all of its rows were here already.
@@ -115,11 +123,11 @@ class EngineActor:
             raise InvalidRequestError(f"A push has one payload, got {len(payload)}.")
         began_s = time.monotonic()
         try:
-            arrays = ray.get(payload[0], timeout=_FETCH_TIMEOUT_S)
+            arrays = direct.arrays_in(ray.get(payload[0], timeout=_FETCH_TIMEOUT_S))
         except ray.exceptions.RayError as error:
             text = f"The rows of step {header.step} could not be fetched: {error}"
             raise ServerUnavailableError(text) from None
-        self._metrics.receive_s.observe(time.monotonic() - began_s)
+        self._metrics.observe(RECEIVE, "", time.monotonic() - began_s)
         tensors = tensors_of(header.tensors, arrays)
         if self._pinned:
             tensors = [tensor.pin_memory() for tensor in tensors]
@@ -142,10 +150,11 @@ class EngineActor:
         Returns:
             Their frames; none after `timeout_s` or `unsubscribe`.
         """
-        job, outcomes = self._subscriptions.take(subscription, timeout_s)
+        job, since_s, outcomes = self._subscriptions.take(subscription, timeout_s)
         frames = list(encode_outcomes(outcomes)) if outcomes else []
         if frames:
-            self._metrics.sent_bytes.labels(job).inc(sum(map(len, frames)))
+            self._metrics.observe_sent(job, sum(map(len, frames)))
+            self._metrics.observe_publish(job, time.monotonic() - since_s)
         return frame_arrays(frames)
 
     def unsubscribe(self, subscription: str) -> None:
@@ -269,6 +278,7 @@ def start_pool(
     namespace: str = "skfac",
     num_gpus: float = 0,
     max_ranks: int = 64,
+    takes_direct: bool = False,
     settings: Mapping[str, Any] | None = None,
     **options: Any,  # noqa: ANN401  # Ray's, of any kind
 ) -> EnginePool:
@@ -280,6 +290,8 @@ def start_pool(
         namespace: Ray's namespace that the actors are in.
         num_gpus: Of each actor. The device is `"cuda"` if there are any.
         max_ranks: Ranks that can receive outcomes from one actor at once.
+        takes_direct: Whether large rows come past the object store, by Ray Direct
+            Transport, if trainer and actor have NIXL. Pays between hosts only.
         settings: Of an `EngineConfig`.
         options: What Ray takes for an actor besides, such as `num_cpus` (1 by default),
             `scheduling_strategy` (`"SPREAD"`, or a placement group's), `resources`,
@@ -302,12 +314,15 @@ def start_pool(
     chosen = {"num_cpus": 1, "num_gpus": num_gpus, **kept, **options}
     groups = {"push": _PUSHES, "state": _STATES, "take": max_ranks}
     remote: Any = ray.remote  # its types know no concurrency groups
-    made = remote(max_concurrency=_CONTROLS, concurrency_groups=groups)(EngineActor)
+    way = {"enable_tensor_transport": True} if takes_direct else {}
+    made = remote(max_concurrency=_CONTROLS, concurrency_groups=groups, **way)(
+        EngineActor
+    )
     actors: list[Any] = []
     try:
         for own in actor_names(name, num_actors):
             named = made.options(name=own, namespace=namespace, **chosen)
-            actors.append(named.remote(engine, max_ranks))
+            actors.append(named.remote(engine, max_ranks, takes_direct=takes_direct))
         pool = EnginePool(name, namespace, tuple(actors))
         pool.status(_START_TIMEOUT_S)
     except BaseException:

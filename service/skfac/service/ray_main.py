@@ -25,6 +25,12 @@ def start(
     actors: Annotated[int, typer.Option(help="How many engines.")] = 1,
     gpus: Annotated[float, typer.Option(help="GPUs of each.")] = 0,
     cpus: Annotated[float, typer.Option(help="CPUs of each.")] = 1,
+    takes_direct: Annotated[
+        bool,
+        typer.Option(
+            "--takes-direct", help="Large rows come past the object store, with NIXL."
+        ),
+    ] = False,
     name: _Name = "skfac",
     namespace: _Namespace = "skfac",
     address: _Address = "auto",
@@ -46,6 +52,7 @@ def start(
             name=name,
             namespace=namespace,
             num_gpus=gpus,
+            takes_direct=takes_direct,
             settings=chosen,
             num_cpus=cpus,
         )

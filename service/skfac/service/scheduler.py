@@ -1,7 +1,6 @@
 """Decides what is solved next: fair between sessions, oldest first within one."""
 
-from collections import deque
-from collections.abc import Iterable
+from collections import OrderedDict, deque
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -41,6 +40,11 @@ class Task:
     def nbytes(self) -> int:
         """Bytes of all rows."""
         return self.assembly.nbytes + sum(old.nbytes for old in self.earlier)
+
+    @cached_property
+    def parts(self) -> int:
+        """Rows of one rank and step that are in it."""
+        return sum(len(part.rows) for part in (*self.earlier, self.assembly))
 
     @cached_property
     def cost(self) -> int:
@@ -118,13 +122,60 @@ def batch_limits(device: str) -> BatchLimits:
 
 @dataclass(eq=False)
 class _Queue:
-    tasks: deque[Task] = field(default_factory=deque)
+    # Of thousands of layers, under the engine's lock: nothing here looks at all tasks.
+    tasks: OrderedDict[int, Task] = field(default_factory=OrderedDict)  # by number
+    of_layer: dict[int, deque[int]] = field(default_factory=dict)
     served: int = 0  # cost so far, raised so that an idle session earns no credit
     nbytes: int = 0  # of the tasks
+    parts: int = 0  # assemblies that are in them
+    _last: int = 0
 
-    def replace(self, tasks: Iterable[Task]) -> None:
-        self.tasks = deque(tasks)
-        self.nbytes = sum(task.nbytes for task in self.tasks)
+    @property
+    def oldest(self) -> Task:
+        return next(iter(self.tasks.values()))
+
+    def append(self, task: Task) -> None:
+        self._last += 1
+        self.of_layer.setdefault(task.assembly.layer, deque()).append(self._last)
+        self._put(self._last, task)
+
+    def popleft(self) -> Task:
+        number, task = next(iter(self.tasks.items()))
+        self._drop(number)
+        return task
+
+    def supersede(self, new: Task) -> list[Task]:
+        numbers = self.of_layer.get(new.assembly.layer, ())
+        superseded = [n for n in numbers if _supersedes(new, self.tasks[n])]
+        self.append(new)
+        gone = {number: self.tasks[number] for number in superseded}
+        carried: tuple[Assembly, ...] = ()
+        for number in list(self.of_layer[new.assembly.layer]):
+            task = self.tasks[number]
+            if number in gone:
+                carried = (*carried, *task.earlier, task.assembly)
+                self._drop(number)
+            elif carried:
+                self._count(task, -1)
+                self._put(number, task.after(carried))
+                carried = ()
+        return list(gone.values())
+
+    def _put(self, number: int, task: Task) -> None:
+        self.tasks[number] = task
+        self._count(task, 1)
+
+    def _drop(self, number: int) -> None:
+        task = self.tasks.pop(number)
+        self._count(task, -1)
+        numbers = self.of_layer[task.assembly.layer]
+        numbers.remove(number)
+        if not numbers:
+            del self.of_layer[task.assembly.layer]
+
+    def _count(self, task: Task, sign: int) -> None:
+        self.nbytes += sign * task.nbytes
+        self.parts += sign * task.parts
 
 
 class Scheduler:
@@ -145,6 +196,12 @@ class Scheduler:
     def __len__(self) -> int:
         return sum(len(queue.tasks) for queue in self._queues.values())
 
+    @property
+    def oldest_s(self) -> float | None:
+        """When the task that waits the longest became complete; None if none waits."""
+        heads = (q.oldest.queued_s for q in self._queues.values() if q.tasks)
+        return min(heads, default=None)
+
     def queued(self, session_id: str) -> int:
         """Count the tasks of a session.
 
@@ -163,6 +220,14 @@ class Scheduler:
         taken = sum(t.nbytes for t in self._taken if t.session_id == session_id)
         return taken + (queue.nbytes if queue else 0)
 
+    def parts(self, session_id: str) -> int:
+        """Count the rows that wait, whatever their size.
+
+        Returns:
+            Rows of one layer, rank and step.
+        """
+        return self._queues[session_id].parts if session_id in self._queues else 0
+
     def add(self, task: Task) -> list[Task]:
         """Queue a task.
 
@@ -175,13 +240,7 @@ class Scheduler:
         queue = self._queues.setdefault(task.session_id, _Queue())
         if not queue.tasks:
             queue.served = max(queue.served, self._served)
-        superseded = [old for old in queue.tasks if _supersedes(task, old)]
-        if superseded:
-            queue.replace(_without(superseded, [*queue.tasks, task]))
-        else:
-            queue.tasks.append(task)
-            queue.nbytes += task.nbytes
-        return superseded
+        return queue.supersede(task)
 
     def take(self) -> tuple[Task, ...]:
         """Choose what is solved next, and forget what was taken before.
@@ -196,11 +255,10 @@ class Scheduler:
         """
         batch: list[Task] = []
         while (queue := self._least_served()) is not None:
-            task = queue.tasks[0]
+            task = queue.oldest
             if batch and not self._fits(task, batch):
                 break
-            queue.tasks.popleft()
-            queue.nbytes -= task.nbytes
+            queue.popleft()
             self._served = queue.served
             queue.served += task.cost
             batch.append(task)
@@ -223,20 +281,6 @@ class Scheduler:
     def _least_served(self) -> _Queue | None:
         waiting = (queue for queue in self._queues.values() if queue.tasks)
         return min(waiting, key=lambda queue: queue.served, default=None)
-
-
-def _without(superseded: list[Task], tasks: list[Task]) -> list[Task]:
-    kept: list[Task] = []
-    carried: tuple[Assembly, ...] = ()
-    for task in tasks:
-        if task in superseded:
-            carried = (*carried, *task.earlier, task.assembly)
-        elif carried and task.assembly.layer == superseded[0].assembly.layer:
-            kept.append(task.after(carried))
-            carried = ()
-        else:
-            kept.append(task)
-    return kept
 
 
 def _supersedes(new: Task, old: Task) -> bool:

@@ -1,16 +1,19 @@
 """What an engine keeps about one job."""
 
 from collections import Counter, deque
+from collections.abc import Mapping
 
 from skfac.curvature.finite import all_finite
 from skfac.service.assembler import Assembler
 from skfac.service.config import EngineConfig
-from skfac.service.engine import LatencySummary, LayerStatus, SessionStatus
+from skfac.service.engine import LayerStatus, SessionStatus
 from skfac.service.histories import Histories
 from skfac.service.publisher import Publisher
+from skfac.service.stages import summary
 from skfac.wire.errors import InvalidRequestError, LimitExceededError, ServiceError
 from skfac.wire.frames import payload_nbytes
 from skfac.wire.messages import DTYPES
+from skfac.wire.outcome import Version
 from skfac.wire.session import MAX_WINDOW, LayerSpec, SessionSpec
 from skfac.wire.snapshot import RowsHeader, Snapshot, SnapshotHeader
 
@@ -30,6 +33,7 @@ class Session:
         subscriptions: Open streams of outcomes.
         end: Why it was closed; None while it is open.
         last_seen_s: Time of the latest call.
+        newest_step: The newest step that rows have come of; -1 for none.
         outcomes: How many (layer, step)s had which outcome.
         failing: Layers whose latest (layer, step) had no version.
         refused: Snapshots that were refused.
@@ -48,10 +52,12 @@ class Session:
         self.subscriptions = 0
         self.end: ServiceError | None = None
         self.last_seen_s = now_s
+        self.newest_step = -1
         self.outcomes: Counter[str] = Counter()
         self.failing: set[int] = set()
         self.refused = 0
         self.latencies_s: deque[float] = deque(maxlen=_LATENCIES_KEPT)
+        self._pushed_s: dict[int, float] = {}
         self._opened_s = now_s
         self._config = config
 
@@ -83,16 +89,26 @@ class Session:
             )
         self.histories.check_snapshot(header)
 
-    def check_quota(self, header: SnapshotHeader, queued_bytes: int) -> None:
+    def check_quota(
+        self, header: SnapshotHeader, queued_bytes: int, queued_parts: int
+    ) -> None:
         """Check that there is room for the rows of a snapshot.
 
         Args:
             header: What it declares.
             queued_bytes: Rows of the session that wait for the solver.
+            queued_parts: Their number, one for each layer, rank and step.
 
         Raises:
             LimitExceededError: If there is not.
         """
+        waiting = self.assembler.waiting + queued_parts + len(header.layers)
+        if waiting > self._config.max_waiting:
+            raise LimitExceededError(
+                f"Job {self.spec.job!r} would have rows of {waiting} layers, ranks and "
+                f"steps that are not solved yet; max_waiting = "
+                f"{self._config.max_waiting}."
+            )
         held = self.assembler.nbytes + queued_bytes
         declared = sum(tensor.nbytes for tensor in header.tensors)
         if held + declared > self._config.max_session_bytes:
@@ -119,24 +135,37 @@ class Session:
                 expected = ", ".join(map(str, (*layer.block_shape, "rows", dim)))
                 raise InvalidRequestError(
                     f"The {side} of layer {layer.name!r} have shape {shape}; "
-                    f"expected ({expected})."
+                    f"expected ({expected}).",
+                    layer=layer.name,
                 )
         count = rows.activations.shape[-2]
         if count != rows.count and not layer.diagonal:
             raise InvalidRequestError(
                 f"Layer {layer.name!r} has {count} rows of activations and "
-                f"{rows.count} of derivatives."
+                f"{rows.count} of derivatives.",
+                layer=layer.name,
             )
         if rows.activations.dtype not in DTYPES.values():
             raise InvalidRequestError(
                 f"Layer {layer.name!r} has rows of dtype {rows.activations.dtype}; "
-                "float32 and float64 are taken."
+                "float32 and float64 are taken.",
+                layer=layer.name,
             )
         if rows.activations.dtype != rows.derivatives.dtype:
             raise InvalidRequestError(
                 f"Layer {layer.name!r} has activations of {rows.activations.dtype} "
-                f"and derivatives of {rows.derivatives.dtype}."
+                f"and derivatives of {rows.derivatives.dtype}.",
+                layer=layer.name,
             )
+
+    def since_latest(self, rank: int, now_s: float) -> float | None:
+        """Note a snapshot of a rank.
+
+        Returns:
+            Seconds since its latest one; None if it is the first.
+        """
+        before_s, self._pushed_s[rank] = self._pushed_s.get(rank), now_s
+        return None if before_s is None else now_s - before_s
 
     def lease_ends_s(self) -> float | None:
         """Tell when the session is dropped.
@@ -147,40 +176,49 @@ class Session:
         return None if self.subscriptions else self.last_seen_s + self._config.lease_s
 
     def status(self, now_s: float, queued: int) -> SessionStatus:
-        """Describe the session.
+        """Describe the session, all but its layers, of which there may be many.
 
         Returns:
-            What `skfac status` shows of it.
+            What `skfac status` shows of it, without layers.
         """
-        layers = []
-        for index, layer in enumerate(self.spec.layers):
-            newest = self.publisher.newest_version(index)
-            step, rows = (newest.step, newest.rows) if newest else (None, 0)
-            layers.append(LayerStatus(layer.name, step, rows))
         return SessionStatus(
             job=self.spec.job,
             world_size=self.spec.world_size,
             open_ranks=len(self.open_ranks),
             age_s=now_s - self._opened_s,
-            layers=tuple(layers),
+            layers=(),
             solved=self.outcomes["solved"],
             superseded=self.outcomes["superseded"],
             failed=self.outcomes["failed"],
             refused=self.refused,
             queued=queued,
-            inversion=_summary(sorted(self.latencies_s)),
+            inversion=summary(self.latencies_s),
             history_bytes=self.histories.nbytes,
         )
 
+    def layers_status(
+        self, newest: Mapping[int, Version], newest_step: int
+    ) -> tuple[LayerStatus, ...]:
+        """Describe the layers, which needs no lock.
 
-def _summary(ordered_s: list[float]) -> LatencySummary:
-    if not ordered_s:
-        return LatencySummary(0, 0.0, 0.0)
+        Args:
+            newest: A copy of the newest versions by layer.
+            newest_step: The newest step that rows have come of.
 
-    def quantile(share: float) -> float:
-        return ordered_s[min(int(share * len(ordered_s)), len(ordered_s) - 1)]
-
-    return LatencySummary(len(ordered_s), quantile(0.5), quantile(0.99))
+        Returns:
+            Each of the session's layers.
+        """
+        layers = []
+        for index, layer in enumerate(self.spec.layers):
+            version = newest.get(index)
+            if version is None:
+                layers.append(LayerStatus(layer.name, None, 0, None))
+            else:
+                behind = max(newest_step - version.step, 0)
+                layers.append(
+                    LayerStatus(layer.name, version.step, version.rows, behind)
+                )
+        return tuple(layers)
 
 
 def first_bad_rows(snapshot: Snapshot) -> tuple[int, str] | None:

@@ -3,9 +3,10 @@
 import logging
 import secrets
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from skfac.service.config import EngineConfig
+from skfac.service.histories import check_finite
 from skfac.service.session import Session
 from skfac.wire.errors import (
     LimitExceededError,
@@ -13,9 +14,14 @@ from skfac.wire.errors import (
     SessionMismatchError,
     SessionNotFoundError,
 )
+from skfac.wire.messages import check_layers
 from skfac.wire.session import SessionSpec
+from skfac.wire.state import SessionState
 
 logger = logging.getLogger(__name__)
+
+NO_SESSION = "There is no such session; it was closed or its lease ran out."
+"""What callers are told of sessions that are not there, and of those of others."""
 
 _REPLACED_REMEMBERED = 1024
 
@@ -23,8 +29,13 @@ _REPLACED_REMEMBERED = 1024
 class Sessions:
     """Sessions by their id; at most one for each job. The engine's lock guards it."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        saved: Callable[[SessionSpec], SessionState] = lambda _: SessionState(()),
+    ) -> None:
         self._config = config
+        self._saved = saved
         self._by_id: dict[str, Session] = {}
         # Else two runs with one name would go on replacing each other.
         self._replaced: deque[tuple[str, str]] = deque(maxlen=_REPLACED_REMEMBERED)
@@ -34,6 +45,24 @@ class Sessions:
 
     def __iter__(self) -> Iterator[Session]:
         return iter(list(self._by_id.values()))
+
+    def next_end_s(self) -> float | None:
+        """Find when a lease or an assembly ends next.
+
+        Returns:
+            The time; None if nothing ends by itself.
+        """
+        ends = [session.lease_ends_s() for session in self]
+        ends += [session.assembler.deadline_s for session in self]
+        return min((end for end in ends if end is not None), default=None)
+
+    def nothing_waits(self) -> bool:
+        """Tell whether no rows wait for those of other ranks.
+
+        Returns:
+            Whether it is so.
+        """
+        return all(session.assembler.deadline_s is None for session in self)
 
     def find(self, session_id: str) -> Session:
         """Look a session up.
@@ -46,9 +75,7 @@ class Sessions:
         """
         session = self.get(session_id)
         if session is None:
-            raise SessionNotFoundError(
-                "There is no such session; it was closed or its lease ran out."
-            )
+            raise SessionNotFoundError(NO_SESSION)
         return session
 
     def get(self, session_id: str) -> Session | None:
@@ -82,11 +109,8 @@ class Sessions:
                 f"Job {spec.job!r} was started again; this run of it is over. Give "
                 "runs that are meant to go on side by side different job names."
             )
-        if len(spec.layers) > self._config.max_layers:
-            raise LimitExceededError(
-                f"Job {spec.job!r} declares {len(spec.layers)} layers; max_layers = "
-                f"{self._config.max_layers}."
-            )
+        whose, count = f"Job {spec.job!r} declares", len(spec.layers)
+        check_layers(whose, count, self._config.max_layers)
         session = self.of_job(spec.job)
         if session is None and len(self._by_id) >= self._config.max_sessions:
             raise LimitExceededError(
@@ -109,8 +133,21 @@ class Sessions:
         """
         session = Session(secrets.token_hex(16), spec, self._config, now_s)
         self._by_id[session.session_id] = session
+        self._restore(session)
         logger.info("Job %r opened: %d layers.", spec.job, len(spec.layers))
         return session
+
+    def _restore(self, session: Session) -> None:
+        state, taken_bytes = self._saved(session.spec), 0
+        try:
+            for layer in state.layers:
+                session.histories.check_state(layer.header, taken_bytes)
+                taken_bytes += layer.header.nbytes
+            check_finite(state)
+            session.histories.replace(state)
+        except ServiceError as error:
+            job = session.spec.job
+            logger.warning("Job %r: its saved histories are dropped: %s", job, error)
 
     def replace(self, session: Session) -> None:
         """Close a session because its job was started again."""

@@ -41,11 +41,14 @@ class Solution:
         retries: Attempts with more damping than was asked for.
         history: The layer's history with the task's rows; None leaves it as it was, as
             with `history="snapshot"`, of which nothing is kept.
+        conditions: Upper bounds of the condition of both damped factors, activations
+            first; zeros without a version.
     """
 
     outcome: Outcome
     retries: int = 0
     history: LayerHistory | None = None
+    conditions: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,7 +219,9 @@ def _solved(
     assembly, history = folded.task.assembly, folded.history
     counts = assembly.count, len(assembly.rows), history.updates
     version = Version(assembly.layer, assembly.step, preconditioner, *counts)
-    return Solution(version, retries, _kept(history))
+    first, second = folded.damped(retries).factors()
+    conditions = first.condition_bound, second.condition_bound
+    return Solution(version, retries, _kept(history), conditions)
 
 
 def _failed(

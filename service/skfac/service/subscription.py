@@ -8,7 +8,11 @@ from skfac.wire.outcome import Outcome
 
 
 class LocalSubscription:
-    """A `Subscription` to one session; keeps the session's lease while it is open."""
+    """A `Subscription` to one session; keeps the session's lease while it is open.
+
+    Attributes:
+        published_s: As `Subscription` has it.
+    """
 
     def __init__(
         self,
@@ -22,6 +26,7 @@ class LocalSubscription:
         self._changed = changed
         self._clock = clock
         self._position = 0
+        self._opened_s = self.published_s = clock()
         self._closed = False
         session.subscriptions += 1
 
@@ -47,6 +52,8 @@ class LocalSubscription:
             if self._closed:
                 return []
             outcomes = publisher.after(self._position, self._held)
+            oldest_s = publisher.oldest_s(self._position)
+            self.published_s = max(oldest_s, self._opened_s)
             self._position = publisher.position
             if not outcomes and session.end is not None:
                 raise session.end
