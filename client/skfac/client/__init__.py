@@ -4,6 +4,7 @@ from skfac.client.adaptive import LevenbergMarquardt
 from skfac.client.config import PreconditionerConfig
 from skfac.client.layers import PassThroughWarning
 from skfac.client.preconditioner import Preconditioner
+from skfac.wire.credentials import Credentials
 from skfac.wire.errors import (
     ConfigurationError,
     LateVersionError,
@@ -13,6 +14,7 @@ from skfac.wire.errors import (
 
 __all__ = [
     "ConfigurationError",
+    "Credentials",
     "LateVersionError",
     "LevenbergMarquardt",
     "PassThroughWarning",

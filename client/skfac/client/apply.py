@@ -11,8 +11,13 @@ from skfac.client.layers import TrackedLayer
 from skfac.client.phases import phase
 from skfac.client.ready import ReadyVersions
 from skfac.client.row_space import Rows, RowSpace
+from skfac.client.shards import Part, precondition_parts, sum_sharded
+from skfac.curvature import stacks
+from skfac.curvature.layer import LayerPreconditioner, apply_in_stacks
 from skfac.curvature.trust import Trust, graft_scale, inner, kl_scale
 from skfac.wire.outcome import Version
+
+_MOST_STACKED = 1 << 20  # numbers of a gradient; more keep a GPU busy by themselves
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +52,8 @@ class _InRowSpace:
         # The rows are those of the scaled loss, the gradient is unscaled by now.
         return self.rows.inner() / self.loss_scale**2
 
-    def graft(self) -> Tensor:
-        return graft_scale(self.rows.gradient_square(), self.rows.direction_square())
+    def squares(self) -> tuple[Tensor, Tensor]:
+        return self.rows.gradient_square(), self.rows.direction_square()
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,13 +65,21 @@ class _InGradientSpace:
     def inner(self) -> Tensor:
         return inner(self.direction, self.gradient)
 
-    def graft(self) -> Tensor:
-        return graft_scale(
-            inner(self.gradient, self.gradient), inner(self.direction, self.direction)
+    def squares(self) -> tuple[Tensor, Tensor]:
+        return (
+            inner(self.gradient, self.gradient),
+            inner(self.direction, self.direction),
         )
 
 
 _Step = _InRowSpace | _InGradientSpace
+
+
+@dataclass(frozen=True, eq=False)
+class _Whole:
+    # A gradient that is to be preconditioned together with those of its shape.
+    gradient: Tensor
+    ready: LayerPreconditioner
 
 
 class _Factor:
@@ -129,24 +142,44 @@ class Apply:
             loss_scale: What the loss was multiplied by in the backward.
         """
         with phase("apply"):
-            found = (
-                self._prepare(index, versions, loss_scale)
-                for index in range(len(self._layers))
-            )
-            steps = [step for step in found if step is not None]
+            steps = self._prepare(versions, loss_scale)
         if not steps:
             return
         with phase("trust"):
             self.prediction = self._predict(steps, kl_clip if trust == "kl" else None)
             if trust == "graft":
-                for step in steps:
-                    _write([step], _Factor(step.graft()))
+                sides = zip(*(step.squares() for step in steps), strict=True)
+                totals = zip(*(_over_ranks(s, steps) for s in sides), strict=True)
+                for step, squares in zip(steps, totals, strict=True):
+                    _write([step], _Factor(graft_scale(*squares)))
             else:
                 _write(steps, _Factor(self.prediction.scale))
 
     def _prepare(
+        self, versions: Sequence[Version | None], loss_scale: float | Tensor
+    ) -> list[_Step]:
+        found = [
+            self._begin(index, versions, loss_scale)
+            for index in range(len(self._layers))
+        ]
+        parts = [one for one in found if isinstance(one, Part)]
+        small = [one for one in found if isinstance(one, _Whole)]
+        of_parts = iter(precondition_parts(parts))
+        of_small = iter(
+            apply_in_stacks([o.ready for o in small], [o.gradient for o in small])
+        )
+        steps: list[_Step] = []
+        for layer, one in zip(self._layers, found, strict=True):
+            if isinstance(one, Part | _Whole):
+                direction = next(of_parts if isinstance(one, Part) else of_small)
+                steps.append(_InGradientSpace(layer, one.gradient, direction))
+            elif one is not None:
+                steps.append(one)
+        return steps
+
+    def _begin(
         self, index: int, versions: Sequence[Version | None], loss_scale: float | Tensor
-    ) -> _Step | None:
+    ) -> _Step | Part | _Whole | None:
         layer = self._layers[index]
         rows = self._rows.take(index)
         if layer.weight.grad is None:
@@ -160,11 +193,15 @@ class Apply:
         if ready is None:
             return _InGradientSpace(layer, gradient, gradient)
         gradient = gradient.to(ready.activations.tensor.dtype)
+        if layer.shard is not None:
+            return Part(layer.shard, gradient, ready)
+        if stacks.faster_on(gradient.device) and gradient.numel() <= _MOST_STACKED:
+            return _Whole(gradient, ready)
         return _InGradientSpace(layer, gradient, ready.apply(gradient))
 
     def _predict(self, steps: Sequence[_Step], kl_clip: float | None) -> Prediction:
         device = steps[0].layer.weight.device
-        products = torch.stack([s.inner().to(device, torch.float64) for s in steps])
+        products = _over_ranks([step.inner() for step in steps], steps)
         lr = self._learning_rates(steps, device)
         finite = products.isfinite()
         count = (~finite).sum()
@@ -190,6 +227,13 @@ class Apply:
             found = torch.tensor(rates, dtype=torch.float64, device=device)
             self._rates = known = rates, found
         return known[1]
+
+
+def _over_ranks(values: Sequence[Tensor], steps: Sequence[_Step]) -> Tensor:
+    # A number of each layer, of the whole layer.
+    device = steps[0].layer.weight.device
+    numbers = torch.stack([value.to(device) for value in values]).double()
+    return sum_sharded(numbers, [step.layer.shard for step in steps])
 
 
 def _write(steps: Sequence[_Step], factor: _Factor) -> None:

@@ -8,7 +8,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from skfac.client.config import WIRE_DTYPES, PreconditionerConfig
 from skfac.client.hooks import HookedLayers, backward_id, without_autocast
@@ -17,6 +18,7 @@ from skfac.client.phases import phase
 from skfac.curvature.geometry import LayerGeometry
 from skfac.curvature.positions import Empty, Positions, draw_positions
 from skfac.curvature.settings import CurvatureSettings
+from skfac.wire.report import NO_STEPS, StepReport
 from skfac.wire.snapshot import LayerRows, Snapshot
 from skfac.wire.staging import HostCopy, Staging
 
@@ -51,6 +53,13 @@ class _Call:
 
 
 @dataclass(frozen=True, eq=False)
+class _Counted:
+    # A parameter that tells of its backwards.
+    weight: nn.Parameter
+    handle: RemovableHandle
+
+
+@dataclass(frozen=True, eq=False)
 class PendingSnapshot:
     """A snapshot on its way to host memory.
 
@@ -58,12 +67,14 @@ class PendingSnapshot:
         rank: Who captured it.
         step: Step of the backward.
         settings: How it is to be weighed and damped.
+        report: How the steps before it fared.
     """
 
     rank: int
     step: int
     settings: CurvatureSettings
     _copies: Mapping[int, HostCopy]
+    report: StepReport = NO_STEPS
 
     def wait(self) -> Snapshot:
         """Block until the rows are in host memory.
@@ -73,15 +84,21 @@ class PendingSnapshot:
         """
         pairs = ((index, copy.wait()) for index, copy in self._copies.items())
         rows = (LayerRows(index, a, d) for index, (a, d) in pairs)
-        return Snapshot(self.rank, self.step, self.settings, tuple(rows))
+        settings, report = self.settings, self.report
+        return Snapshot(self.rank, self.step, settings, tuple(rows), report)
 
-    def only(self, layers: Iterable[int]) -> "PendingSnapshot":
+    def only(self, layers: Iterable[int], report: StepReport) -> "PendingSnapshot":
         """Leave out the rows of all layers but some.
+
+        Args:
+            layers: Those that stay.
+            report: How they fared.
 
         Returns:
             A snapshot that shares the rows.
         """
-        return replace(self, _copies={index: self._copies[index] for index in layers})
+        copies = {index: self._copies[index] for index in layers}
+        return replace(self, _copies=copies, report=report)
 
 
 class _Tap(torch.autograd.Function):
@@ -137,11 +154,14 @@ class Capture:
         self._said: set[str] = set()
         bodies = [partial(self._record, index) for index in range(len(layers))]
         self._hooks = HookedLayers(layers, bodies, lambda: self._step is not None)
-        self._counted = [
+        self._counted: list[_Counted | None] = [None] * len(layers)
+        self._arrived = [True] * len(layers)
+        self._arrivals = [
             layer.weight.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                partial(self._count, index)
+                partial(self._note_arrival, index)
             )
             for index, layer in enumerate(layers)
+            if layer.shard is not None
         ]
 
     def arm(self, step: int | None) -> None:
@@ -168,9 +188,12 @@ class Capture:
             The rows of all layers; a layer that got no data has none.
 
         Raises:
-            ConfigurationError: If a schedule gives a value out of range.
+            ConfigurationError: If a schedule gives a value out of range, or a layer has
+                got other parameters since it was wrapped.
         """
         settings = self._config.curvature_at(step)
+        for layer in self._layers:
+            layer.check_parameters()
         copies = {}
         for (index, layer), calls in zip(
             enumerate(self._layers), self._calls, strict=True
@@ -187,8 +210,23 @@ class Capture:
     def close(self) -> None:
         """Remove the hooks; idempotent."""
         self._hooks.remove()
-        for handle in self._counted:
+        handles = [counted.handle for counted in self._counted if counted is not None]
+        for handle in handles + self._arrivals:
             handle.remove()
+
+    def _count_backwards(self, index: int) -> None:
+        # By the parameter that computes: that of fully_shard is another one.
+        weight, counted = self._layers[index].modules[0].weight, self._counted[index]
+        if counted is not None:
+            if counted.weight is weight:
+                return
+            counted.handle.remove()
+        assert isinstance(weight, nn.Parameter)
+        handle = weight.register_post_accumulate_grad_hook(partial(self._count, index))  # type: ignore[no-untyped-call]
+        self._counted[index] = _Counted(weight, handle)
+
+    def _note_arrival(self, index: int, weight: Tensor) -> None:
+        self._arrived[index] = True
 
     def _count(self, index: int, weight: Tensor) -> None:
         # The gradient of a backward has arrived, so its derivatives count.
@@ -215,8 +253,11 @@ class Capture:
     def _record(self, index: int, inputs: Tensor, output: Tensor) -> Tensor | None:
         assert self._step is not None
         layer, calls = self._layers[index], self._calls[index]
-        if layer.weight.grad is None:
+        # A backward that fully_shard does not reduce has its gradient elsewhere.
+        if layer.weight.grad is None and self._arrived[index]:
             calls[:] = [call for call in calls if call.derivatives is None]
+            self._arrived[index] = layer.shard is None
+        self._count_backwards(index)
         geometry = layer.geometry
         batch, count = geometry.extents(output)
         positions = self._draw(self._step, index, count)
@@ -231,27 +272,36 @@ class Capture:
         calls.append(call)
         scale = self._derivative_scale(batch, output.device)
 
-        @torch.no_grad()
-        def listen(derivatives: Tensor) -> None:
-            if self._sampling != (self._config.fisher == "monte_carlo"):
-                return
-            with phase("capture"), without_autocast(derivatives.device.type):
-                found = geometry.derivative_rows(
-                    derivatives.detach().to(self._dtype),
-                    positions,
-                    scale=scale,
-                    empty=empty,
-                )
-            if self._sampling:  # of no gradient, but wanted
-                call.add(found)
-                return
-            number, pending = backward_id(), call.pending
-            if pending is not None and pending[0] == number:
-                found = pending[1] + found
-            call.pending = number, found
-
+        listen = partial(self._listen, call, geometry, positions, scale, empty)
         tapped: Tensor = _Tap.apply(output.detach(), output, listen)  # type: ignore[no-untyped-call]
         return tapped
+
+    @torch.no_grad()
+    def _listen(
+        self,
+        call: _Call,
+        geometry: LayerGeometry,
+        positions: Positions,
+        scale: float | Tensor,
+        empty: Empty,
+        derivatives: Tensor,
+    ) -> None:
+        if self._sampling != (self._config.fisher == "monte_carlo"):
+            return
+        with phase("capture"), without_autocast(derivatives.device.type):
+            found = geometry.derivative_rows(
+                derivatives.detach().to(self._dtype),
+                positions,
+                scale=scale,
+                empty=empty,
+            )
+        if self._sampling:  # of no gradient, but wanted
+            call.add(found)
+            return
+        number, pending = backward_id(), call.pending
+        if pending is not None and pending[0] == number:
+            found = pending[1] + found
+        call.pending = number, found
 
     def _draw(self, step: int, index: int, count: int) -> Positions:
         forwards = len(self._calls[index])

@@ -1,9 +1,9 @@
 """Versions and histories as plain data that `torch.save` and safetensors can hold."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from skfac.client.config import WIRE_DTYPES
-from skfac.client.store import StoreState
 from skfac.curvature.factor import Moment
 from skfac.curvature.history import LayerHistory
 from skfac.curvature.inverse import (
@@ -23,6 +23,19 @@ _FORMS: dict[str, type[LowRankInverse] | type[DenseInverse] | type[DiagonalInver
     "dense": DenseInverse,
     "diagonal": DiagonalInverse,
 }
+
+
+@dataclass(frozen=True, eq=False)
+class StoreState:
+    """All versions of a store, as a checkpoint holds them.
+
+    Attributes:
+        in_use: The version of each layer that steps use.
+        expected: Capture step -> the outcome of each layer; None if none came yet.
+    """
+
+    in_use: list[Version | None]
+    expected: dict[int, list[Outcome | None]]
 
 
 def to_state_dict(

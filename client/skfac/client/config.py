@@ -14,6 +14,7 @@ from skfac.curvature.damping import DampingSplit
 from skfac.curvature.positions import Reduction
 from skfac.curvature.settings import CurvatureSettings, History
 from skfac.curvature.trust import Trust
+from skfac.wire.credentials import Credentials
 from skfac.wire.errors import ConfigurationError
 from skfac.wire.pool import pool_of
 from skfac.wire.session import OnLate
@@ -77,8 +78,12 @@ class PreconditionerConfig:
         process_group: Ranks that train one model together, with gradients averaged
             over them (`DistributedDataParallel` or an all-reduce of one's own); None
             for all processes of `torch.distributed`, if it is in use.
+        resolve_every_s: Seconds between two lookups of the names among the targets
+            (`"dns:///name:port"`), above 0; every two seconds at the latest while a
+            server is not connected. Servers that come or go change the map of the
+            layers at the next snapshot (docs/servers.md).
         job: Names the run at the server; None makes up a name of its own.
-        credentials: TLS and token for the server. (Not built yet.)
+        credentials: TLS and a token for servers (`Credentials`); None for none.
         wire_dtype: `"float32"` or `"float64"`: of rows and inverses. (16-bit types are
             not built yet.)
 
@@ -109,8 +114,9 @@ class PreconditionerConfig:
     grad_scaler: torch.amp.GradScaler | None = None
     accumulation_steps: int = 1
     process_group: ProcessGroup | None = None
+    resolve_every_s: float = 30.0
     job: str | None = None
-    credentials: None = None
+    credentials: Credentials | None = None
     wire_dtype: Literal["float32", "float64"] = "float32"
 
     def __post_init__(self) -> None:
@@ -135,10 +141,10 @@ class PreconditionerConfig:
             value = getattr(self, name)
             if value not in choices.built:
                 raise ConfigurationError(_not_built(name, value, choices))
-        if self.credentials is not None:
+        if not isinstance(self.credentials, Credentials | None):
+            kind = type(self.credentials).__name__  # not the value: it may be a token
             raise ConfigurationError(
-                f"credentials={self.credentials!r} is not built yet; this version of "
-                "skfac only knows credentials=None."
+                f"credentials must be a skfac.client.Credentials, got a {kind}."
             )
         if not isinstance(self.process_group, ProcessGroup | None):
             raise ConfigurationError(
@@ -232,7 +238,7 @@ class _Choices:
     planned: tuple[str, ...] = ()
 
 
-_CONSTANT = {"lag", "accumulation_steps"}
+_CONSTANT = {"lag", "accumulation_steps", "resolve_every_s"}
 _CHOICES = {
     "damping_split": _Choices(("pi", "equal")),
     "on_late": _Choices(("keep", "wait", "raise")),

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Sequence
 
 from skfac.client.config import PreconditionerConfig
+from skfac.client.step_log import StepLog
 from skfac.client.store import Store
 from skfac.client.world import World
 from skfac.wire.errors import SkfacError
@@ -20,9 +21,15 @@ class DueVersions:
     """
 
     def __init__(
-        self, store: Store, config: PreconditionerConfig, world: World, layers: int
+        self,
+        store: Store,
+        config: PreconditionerConfig,
+        world: World,
+        layers: int,
+        log: StepLog,
     ) -> None:
         self._store = store
+        self._log = log
         self._config = config
         self._world = world
         self._none: list[Version | None] = [None] * layers
@@ -67,7 +74,11 @@ class DueVersions:
             wait_s = self._config.at("wait_s", step)
             proposal = self._store.propose(step, wait_s)
             if proposal is not None:
-                self._store.adopt(proposal, self._world.agree(proposal.flags))
+                least = self._world.least(proposal.numbers)
+                if proposal.on_time:
+                    settled = proposal.agreed(least).settled
+                    self._log.late([i for i, done in enumerate(settled) if not done])
+                self._store.adopt(proposal, least)
             versions = self._store.in_use
         except SkfacError as error:
             self._error = error
@@ -75,3 +86,4 @@ class DueVersions:
         self._found = [
             v if v is not None and v.step >= oldest else None for v in versions
         ]
+        self._log.used(step, versions, self._found)

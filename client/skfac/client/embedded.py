@@ -37,7 +37,7 @@ class EmbeddedTransport:
         except ServiceError:
             self._engine.close()
             raise
-        self._subscription = self._engine.subscribe(self._session_id, link.newest())
+        self._subscription = self._engine.subscribe(self._session_id, link.held())
         self._outbox = Outbox(spec.versions_in_flight)
         self._stop = threading.Event()
         self._counts: Counter[str] = Counter(connects=1)

@@ -12,27 +12,30 @@ from torch import Tensor
 
 from skfac.client.capture import PendingSnapshot
 from skfac.client.connection import keep_connected
+from skfac.client.file_watch import FileWatch
 from skfac.client.link import Link
 from skfac.client.outbox import Outbox
 from skfac.client.shared_link import SharedLink
 from skfac.v1 import preconditioning_pb2 as pb
 from skfac.v1 import preconditioning_pb2_grpc as rpc
 from skfac.wire.allocator import keep_large_blocks
-from skfac.wire.channel import CLIENT_OPTIONS, SERVICE
+from skfac.wire.channel import SERVICE, SESSION_KEY
 from skfac.wire.codec import (
-    build_outcomes,
-    decode_outcomes_manifest,
     encode_session,
     encode_snapshot,
 )
+from skfac.wire.credentials import Credentials, open_channel
 from skfac.wire.errors import (
-    InvalidRequestError,
+    AuthenticationError,
+    ConfigurationError,
     LimitExceededError,
+    PermissionDeniedError,
     ServerUnavailableError,
     ServiceError,
     error_of,
 )
-from skfac.wire.frames import decode_frame
+from skfac.wire.handshake import why_unavailable
+from skfac.wire.outcome_stream import outcomes_of
 from skfac.wire.session import SessionSpec
 from skfac.wire.state import SessionState
 from skfac.wire.state_codec import StateReceiver, encode_state
@@ -42,6 +45,7 @@ logger = logging.getLogger(__name__)
 _CALL_TIMEOUT_S = 10.0
 _STREAM_TIMEOUT_S = 3600.0  # then it is opened anew; nothing waits without an end
 _GOODBYE_TIMEOUT_S = 1.0
+_LAST_OUTCOMES_S = 60.0  # that a server that stops gets, if it stays connected
 
 _T = TypeVar("_T")
 
@@ -56,8 +60,17 @@ class GrpcTransport:
     and otherwise in frames; each connection finds out anew.
     """
 
-    def __init__(self, target: str, spec: SessionSpec, rank: int, link: Link) -> None:
+    def __init__(
+        self,
+        target: str,
+        spec: SessionSpec,
+        rank: int,
+        link: Link,
+        credentials: Credentials | None = None,
+    ) -> None:
+        open_channel(target, credentials).close()  # what is wrong is said at once
         self._target = target
+        self._credentials = credentials
         self._spec = spec
         self._rank = rank
         self._link = link
@@ -126,9 +139,10 @@ class GrpcTransport:
         """Count what went over it.
 
         Returns:
-            `connects`, `disconnects`; `sent_bytes` and `received_bytes` of frames, and
-            `shared_sent_bytes` and `shared_received_bytes` of tensors that were in
-            shared memory instead.
+            `connects`, `disconnects`; `renewals` of the connection because files of
+            the credentials changed, and `denials` of credentials; `sent_bytes` and
+            `received_bytes` of frames, and `shared_sent_bytes` and
+            `shared_received_bytes` of tensors that were in shared memory instead.
         """
         return dict(self._counts)
 
@@ -136,9 +150,12 @@ class GrpcTransport:
         """Leave the session and end all threads; idempotent."""
         self._closed.set()
         self._outbox.close()
+        self._cancel()
+        self._thread.join()
+
+    def _cancel(self) -> None:
         for call in list(self._calls):
             call.cancel()
-        self._thread.join()
 
     def _call(self, done: str, call: Callable[[grpc.Channel, str], _T]) -> _T | None:
         connection = self._connection
@@ -161,9 +178,11 @@ class GrpcTransport:
 
     def _connect_and_serve(self) -> None:
         # Raises only if no connection came about, so that each outage starts with the
-        # shortest pause. A channel of its own each time: an old one backs off longer.
-        with grpc.insecure_channel(self._target, CLIENT_OPTIONS) as channel:
-            grant = self._open(channel)
+        # shortest pause. A channel of its own each time: an old one backs off longer,
+        # and has the old files.
+        files = FileWatch(self._credentials)
+        with self._channel() as channel:
+            grant = self._granted(channel)
             session_id = grant.session_id
             self._counts["connects"] += 1
             self._connection = channel, session_id
@@ -173,9 +192,15 @@ class GrpcTransport:
                 self._spec, session_id, grant.max_snapshot_bytes, self._counts
             )
             self._shared = shared
-            error = self._serve(channel, session_id, shared)
+            with files.watching(self._cancel):
+                error = self._serve(channel, session_id, shared)
             self._connection = self._shared = None
             shared.close()
+            if files.changed and not self._closed.is_set():
+                # The link stays up: the next connection is a moment away.
+                self._counts["renewals"] += 1
+                logger.info("The credentials have changed; connecting anew.")
+                return
             self._link.set_link(up=False)
             if self._closed.is_set():
                 self._say_goodbye(channel, session_id)
@@ -188,6 +213,26 @@ class GrpcTransport:
                 self._spec.on_late,
             )
 
+    def _channel(self) -> grpc.Channel:
+        try:
+            return open_channel(self._target, self._credentials)
+        except ConfigurationError as error:  # they were good before
+            self._link.set_link(up=False)
+            raise ServerUnavailableError(str(error)) from None
+
+    def _granted(self, channel: grpc.Channel) -> pb.OpenSessionResponse:
+        try:
+            return self._open(channel)
+        except ServiceError as error:
+            self._link.set_link(up=False)
+            denied = isinstance(error, AuthenticationError | PermissionDeniedError)
+            self._counts["denials"] += denied
+            over = denied or isinstance(error, LimitExceededError)
+            if over and self._counts["connects"]:
+                # It took this trainer before: it may do so again.
+                raise ServerUnavailableError(str(error)) from None
+            raise
+
     def _open(self, channel: grpc.Channel) -> pb.OpenSessionResponse:
         request = pb.OpenSessionRequest(
             spec=encode_session(self._spec), rank=self._rank
@@ -197,9 +242,9 @@ class GrpcTransport:
             answer = stub.OpenSession(request, timeout=_CALL_TIMEOUT_S)
         except grpc.RpcError as error:
             refusal = _translated(error)
-            if isinstance(refusal, LimitExceededError) and self._counts["connects"]:
-                # It had room for this trainer before: it may have again.
-                raise ServerUnavailableError(str(refusal)) from None
+            if isinstance(refusal, ServerUnavailableError):
+                why = why_unavailable(self._target, self._credentials)
+                raise ServerUnavailableError(why or str(refusal)) from None
             raise refusal from None
         return answer
 
@@ -233,9 +278,13 @@ class GrpcTransport:
         receiver = threading.Thread(target=receive, name="skfac-receive", daemon=True)
         receiver.start()
         _run_stream(lambda: self._read_acks(acks, shared), errors)
-        outcomes.cancel()
         stop.set()
         self._outbox.wake()
+        if acks.code() is grpc.StatusCode.UNAVAILABLE:
+            # A server that stops takes no more, but sends what it has accepted.
+            self._link.set_link(up=False)
+            receiver.join(_LAST_OUTCOMES_S)
+        outcomes.cancel()
         receiver.join()
         self._calls = []
         return errors[0] if errors else "The server ended the stream."
@@ -260,8 +309,10 @@ class GrpcTransport:
             f"/{SERVICE}/StreamPreconditioners",
             pb.StreamPreconditionersRequest.SerializeToString,
         )
+        frames = self._frames(session_id, shared, stop)
+        named = ((SESSION_KEY, session_id),)
         return (
-            push(self._frames(session_id, shared, stop), timeout=_STREAM_TIMEOUT_S),
+            push(frames, timeout=_STREAM_TIMEOUT_S, metadata=named),
             fetch(self._subscription(session_id, shared), timeout=_STREAM_TIMEOUT_S),
         )
 
@@ -294,7 +345,7 @@ class GrpcTransport:
     ) -> pb.StreamPreconditionersRequest:
         held = (
             pb.HeldVersion(layer=layer, step=step)
-            for layer, step in self._link.newest().items()
+            for layer, step in self._link.held().items()
         )
         return pb.StreamPreconditionersRequest(
             session_id=session_id,
@@ -304,21 +355,13 @@ class GrpcTransport:
         )
 
     def _receive(self, frames: Iterator[bytes], shared: SharedLink) -> None:
-        message, buffer = None, None
-        for data in frames:
-            self._counts["received_bytes"] += len(data)
-            frame = decode_frame(data)
-            if frame.manifest is not None:
-                message, headers = decode_outcomes_manifest(frame.manifest)
-                buffer = shared.receive(headers, message.shared_end)
-            if message is None or buffer is None:
-                raise InvalidRequestError("A payload came without a manifest.")
-            buffer.write(frame.payload)
-            if buffer.complete:
-                outcomes = build_outcomes(message, buffer.tensors())
-                for step in self._link.receive(outcomes):
-                    self._outbox.discard(step)
-                message, buffer = None, None
+        for outcomes in outcomes_of(map(self._counted, frames), shared.receive):
+            for step in self._link.receive(outcomes):
+                self._outbox.discard(step)
+
+    def _counted(self, frame: bytes) -> bytes:
+        self._counts["received_bytes"] += len(frame)
+        return frame
 
 
 def _run_stream(body: Callable[[], None], errors: list[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from skfac.client.shards import FullySharded, Shard, is_sharded, local, shard_of
 from skfac.curvature.geometry import LayerGeometry, geometry_of
 from skfac.wire.errors import ConfigurationError
 from skfac.wire.session import LayerSpec
@@ -32,6 +33,7 @@ class TrackedLayer:
         bias: The other parameter, or None if the layer trains none.
         geometry: How its inputs and derivatives become rows.
         group: The optimizer's parameter group of its weight.
+        shard: Which part of the gradient this rank has; None if all of it.
     """
 
     name: str
@@ -40,6 +42,7 @@ class TrackedLayer:
     bias: nn.Parameter | None
     geometry: LayerGeometry
     group: dict[str, Any]
+    shard: Shard | None = None
 
     @property
     def spec(self) -> LayerSpec:
@@ -67,19 +70,44 @@ class TrackedLayer:
         Returns:
             False for a copy of the model, and where `torch.func` has put others.
         """
-        return getattr(module, "weight", None) is self.weight
+        weight = getattr(module, "weight", None)
+        if self.shard is None:
+            return weight is self.weight
+        # In a forward fully_shard has the whole weight there, another parameter.
+        return isinstance(weight, nn.Parameter) and not is_sharded(weight)
+
+    def check_parameters(self) -> None:
+        """Check that the module still has the parameters it was wrapped with.
+
+        Raises:
+            ConfigurationError: If it has others.
+        """
+        weight = getattr(self.modules[0], "weight", None)
+        if weight is self.weight or (self.shard is not None and not is_sharded(weight)):
+            return
+        raise ConfigurationError(
+            f"Layer {self.name!r} has got other parameters since the Preconditioner "
+            "was made. Call fully_shard, and make the optimizer, before it."
+        )
 
     def gradient(self) -> Tensor | None:
         """Read the gradient with the bias as last column.
 
         Returns:
-            A matrix `[*groups, d_out, d_in]`, or None if there is no gradient now.
+            A matrix `[*groups, d_out, d_in]`, or None if there is no gradient now. Of a
+            sharded layer it is the part that this rank has, which may have no rows.
         """
         weight = self.weight.grad
         bias = None if self.bias is None else self.bias.grad
         if weight is None or (self.bias is not None and bias is None):
             return None
-        return self.geometry.to_matrix(weight, bias)
+        return self._part.to_matrix(
+            local(weight), None if bias is None else local(bias)
+        )
+
+    @property
+    def _part(self) -> LayerGeometry:
+        return self.geometry if self.shard is None else self.shard.geometry
 
     @property
     def gradients(self) -> list[Tensor]:
@@ -88,13 +116,15 @@ class TrackedLayer:
         return [gradient for gradient in found if gradient is not None]
 
     def set_gradient(self, matrix: Tensor, factor: Tensor) -> None:
-        """Write a gradient of shape `[*groups, d_out, d_in]` back, times a scalar."""
-        parts = self.geometry.from_matrix(matrix)
+        """Write what `gradient` is the shape of back, times a scalar."""
+        if matrix.numel() == 0:
+            return  # a rank that has nothing of a small layer
+        parts = self._part.from_matrix(matrix)
         for parameter, part in zip((self.weight, self.bias), parts, strict=True):
             if parameter is not None:
                 assert part is not None
                 assert parameter.grad is not None
-                torch.mul(part, factor, out=parameter.grad)
+                torch.mul(part, factor, out=local(parameter.grad))
 
 
 def track_layers(
@@ -115,23 +145,37 @@ def track_layers(
         The layers in the order of `model.named_modules()`.
 
     Raises:
-        ConfigurationError: If no layer is left.
+        ConfigurationError: If no layer is left, or one is sharded in a way that it
+            cannot be preconditioned in.
     """
+    sharded = FullySharded(model)
     groups = {
         id(parameter): group
         for group in optimizer.param_groups
         for parameter in group["params"]
     }
     tracked, passed = [], []
+    refused = [
+        f"{name!r}, because FullyShardedDataParallel (FSDP1) flattens its parameters: "
+        "use fully_shard"
+        for name in sharded.flat
+        if not any(fnmatch.fnmatch(name, pattern) for pattern in skip)
+    ]
     for modules in _by_weight(model, groups):
         names = [name for name, _ in modules]
         if any(fnmatch.filter(names, pattern) for pattern in skip):
             continue
-        layer = _track(modules, groups)
+        try:
+            layer = _track(modules, groups, sharded)
+        except ValueError as error:
+            refused.append(f"{names[0]!r}, because {error}")
+            continue
         if layer is None:
             passed += modules
         else:
             tracked.append(layer)
+    if refused:
+        raise ConfigurationError(_refused_text(refused))
     if passed:
         warnings.warn(_passed_text(passed), PassThroughWarning, stacklevel=3)
     if not tracked:
@@ -160,7 +204,9 @@ def _by_weight(
 
 
 def _track(
-    named: list[tuple[str, nn.Module]], groups: dict[int, dict[str, Any]]
+    named: list[tuple[str, nn.Module]],
+    groups: dict[int, dict[str, Any]],
+    sharded: FullySharded,
 ) -> TrackedLayer | None:
     name, first = named[0]
     modules = [module for _, module in named]
@@ -177,7 +223,18 @@ def _track(
         return None
     if bias is not None and id(bias) not in groups:
         return None
-    return TrackedLayer(name, tuple(modules), weight, bias, geometry, group)
+    shard = shard_of(weight, bias, geometry, fully_sharded=sharded.has(name))
+    return TrackedLayer(name, tuple(modules), weight, bias, geometry, group, shard)
+
+
+def _refused_text(refused: list[str]) -> str:
+    shown = "; ".join(refused[:_NAMES_IN_WARNING])
+    more = len(refused) - _NAMES_IN_WARNING
+    return (
+        f"These layers cannot be preconditioned: {shown}"
+        + (f"; and {more} more" if more > 0 else "")
+        + ". Shard them otherwise, or leave them alone by naming them in skip=(...)."
+    )
 
 
 def _passed_text(passed: Iterable[tuple[str, nn.Module]]) -> str:

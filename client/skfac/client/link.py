@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from skfac.client.step_log import StepLog
 from skfac.wire.errors import ServerUnavailableError, ServiceError
-from skfac.wire.outcome import LossReason, Outcome
+from skfac.wire.outcome import LossReason, Outcome, Version
 
 logger = logging.getLogger(__name__)
 
@@ -26,16 +27,19 @@ class Listener(Protocol):
     def fail(self, server: int, error: ServiceError) -> None:
         """See `Link.fail`."""
 
-    def newest(self) -> dict[int, int]:
-        """See `Link.newest`."""
+    def held(self, server: int) -> dict[int, int]:
+        """See `Link.held`."""
 
 
 class Link:
     """The store as one server's transport sees it."""
 
-    def __init__(self, listener: Listener, server: int) -> None:
+    def __init__(
+        self, listener: Listener, server: int, log: StepLog | None = None
+    ) -> None:
         self._listener = listener
         self._server = server
+        self._log = log or StepLog()
 
     def receive(self, outcomes: list[Outcome]) -> list[int]:
         """Take what the server published; what nobody expects is counted and dropped.
@@ -43,7 +47,10 @@ class Link:
         Returns:
             The steps among them that this server owes nothing of any more.
         """
-        return self._listener.receive(self._server, outcomes)
+        settled = self._listener.receive(self._server, outcomes)
+        solved = {o.step for o in outcomes if isinstance(o, Version)}
+        self._log.arrived(self._server, [step for step in settled if step in solved])
+        return settled
 
     def lose(self, step: int, reason: LossReason, message: str) -> None:
         """Give up what the server owes of a step."""
@@ -57,13 +64,17 @@ class Link:
         """Tell that the server will never take this trainer's snapshots."""
         self._listener.fail(self._server, error)
 
-    def newest(self) -> dict[int, int]:
-        """Find the newest version of each layer that is here.
+    def held(self) -> dict[int, int]:
+        """Find up to which step nothing is wanted of this server.
+
+        While it was away, newer versions may have come from another one; what it still
+        owes is wanted nevertheless.
 
         Returns:
-            Its step by layer; layers without any are absent.
+            By layer the step of the newest version that is here, if this server owes
+            none before it; layers without any are absent.
         """
-        return self._listener.newest()
+        return self._listener.held(self._server)
 
     @contextmanager
     def guard(self) -> Iterator[None]:

@@ -45,6 +45,7 @@ _RANGES = {
     "rank": _Range("a whole number from 1 on, or None", True, lambda v: v >= 1, True),
     "positions": _COUNT,
     "accumulation_steps": _COUNT,
+    "resolve_every_s": _POSITIVE,
 }
 
 

@@ -3,9 +3,6 @@
 import atexit
 import logging
 import math
-import sys
-import uuid
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,14 +15,19 @@ from skfac.client.capture import Capture
 from skfac.client.checkpoint import from_state_dict, to_state_dict
 from skfac.client.config import PreconditionerConfig, check_targets
 from skfac.client.due import DueVersions
+from skfac.client.job import session_of
 from skfac.client.layers import track_layers
 from skfac.client.loss_scale import LossScale
+from skfac.client.pace import Pace
 from skfac.client.phases import phase
 from skfac.client.ready import ReadyVersions
 from skfac.client.report import describe
 from skfac.client.row_space import RowSpace
-from skfac.client.servers import Servers, Target, targets_of
+from skfac.client.servers import Servers
+from skfac.client.shards import check_shards
+from skfac.client.step_log import StepLog
 from skfac.client.store import Store
+from skfac.client.targets import Names, Target
 from skfac.client.world import check_ranks, world_of
 from skfac.curvature.layer import LayerPreconditioner
 from skfac.wire.errors import (
@@ -33,7 +35,6 @@ from skfac.wire.errors import (
     ServerUnavailableError,
     ServiceError,
 )
-from skfac.wire.session import SessionSpec
 from skfac.wire.state import SessionState
 
 logger = logging.getLogger(__name__)
@@ -65,13 +66,14 @@ class Preconditioner:
             or `"unix:/path"` uses a server, `"ray://namespace/pool"` or the handle of a
             Ray actor what `skfac.service.ray` started. A list of those spreads the
             layers over several, and so does `"dns:///name:port"` over all addresses of
-            a name. One that cannot be reached is tried again in the background;
-            training goes on meanwhile.
+            a name, which may change while training. One that cannot be reached is tried
+            again in the background; training goes on meanwhile.
         settings: The attributes of `PreconditionerConfig`.
 
     Raises:
         ConfigurationError: If a setting is wrong, the model has no layer to
-            precondition, or several ranks have no server.
+            precondition or one that is sharded in a way that cannot be, or several
+            ranks have no server.
         ServiceError: If the server refuses this trainer.
     """
 
@@ -85,30 +87,27 @@ class Preconditioner:
     ) -> None:
         self.config = config = PreconditionerConfig.of(settings)
         self._world = world = world_of(config.process_group)
-        targets = targets_of(target, world)
+        names = Names(target)
+        targets = names.shared(world)
         check_targets(targets)
         check_ranks(world, targets, config.apply)
         self._layers = track_layers(model, optimizer, config.skip)
-        spec = SessionSpec(
-            job=world.share(config.job or _made_up_job()),
-            instance=world.share(uuid.uuid4().hex),
-            world_size=world.size,
-            layers=tuple(layer.spec for layer in self._layers),
-            damping_split=config.damping_split,
-            history=config.history,
-            update_every=config.least_update_every,
-            lag=config.lag,
-            on_late=config.on_late,
-        )
+        check_shards(((one.name, one.shard) for one in self._layers), world, config)
+        spec = session_of(config, world, self._layers)
         self._step = 0
         self._next_capture = 0
         self._raw = 0
+        self._pace = Pace()
         self._sampled = False
         self._closed = False
+        log = StepLog()
         self._store = Store(spec, len(targets))
-        self._due = DueVersions(self._store, config, world, len(self._layers))
+        self._due = DueVersions(self._store, config, world, len(self._layers), log)
         self._ready = ReadyVersions(len(self._layers))
-        self._servers = Servers(targets, spec, world, self._store)
+        lookout = names, config.resolve_every_s
+        self._servers = Servers(
+            targets, spec, world, self._store, log, config.credentials, lookout
+        )
         self._capture = Capture(self._layers, config, world.rank, self._servers.empty)
         self._capture.arm(0)
         # Its hooks come before those of the capture, which listens to the output that
@@ -143,13 +142,15 @@ class Preconditioner:
 
         Raises:
             ConfigurationError: If the preconditioner is closed, a schedule gives a
-                value out of range, or `capture_from` was forgotten.
+                value out of range, `capture_from` was forgotten, or the model has got
+                other parameters.
             LateVersionError: Under `on_late="raise"`, if a version is late.
             ServiceError: Under `on_late="wait"` or `"raise"`, if the server refuses
                 this trainer.
         """
         if self._closed:
             raise ConfigurationError("This preconditioner is closed.")
+        self._pace.step()
         step, config = self._step, self.config
         loss_scale = self._loss_scale.unscale(self._layers[0].weight.device)
         # A step that raised may be tried again; its rows were taken then.
@@ -256,12 +257,15 @@ class Preconditioner:
             `failure` (why no server will answer, or None), `layers` (by name: the
             `version` in use, its `age` in steps, the `updates` in its history, its
             `rank` (directions, of activations and derivatives), None if there is none;
-            where it is applied), `raw_gradients` (layer-steps without a version),
+            where it is applied), `longest_step_s` (from one `step()` to the next),
+            `raw_gradients` (layer-steps without a version),
             `not_finite` (layer-steps whose gradient was not finite), `damping` (of the
             next snapshot), `trust_scale` (ν of the latest step), `waited_s`, `versions`
             (counts by layer and version: `solved`, `superseded`, `failed`, `empty`,
             `refused`, `late`, ...; and of `waits`), `transport` (counts of connects,
-            disconnects and bytes).
+            disconnects and bytes), `servers` (by target: whether it is `connected`, how
+            many `layers` it has), `server_changes` (how often servers came or went),
+            `lookup_failures` (of names; the servers stay as they are then).
         """
         prediction = self._apply.prediction
         return {
@@ -269,11 +273,13 @@ class Preconditioner:
             "rank": self._world.rank,
             "world_size": self._world.size,
             **describe(self._layers, self._store, self._rows, self._step - 1),
+            "longest_step_s": self._pace.longest_s,
             "raw_gradients": self._raw,
             "not_finite": self._apply.not_finite,
             "damping": self.config.at("damping", self._step),
             "trust_scale": None if prediction is None else float(prediction.scale),
             "transport": dict(self._servers.counts()),
+            **self._servers.describe(),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -383,7 +389,3 @@ class Preconditioner:
 
 def _plain(loss: float | Tensor) -> float:
     return float(loss.detach()) if isinstance(loss, Tensor) else loss
-
-
-def _made_up_job() -> str:
-    return f"{Path(sys.argv[0]).stem or 'python'}-{uuid.uuid4().hex[:8]}"

@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import wait
 from contextlib import contextmanager
 from typing import Any
@@ -17,9 +17,8 @@ from skfac.client.connection import keep_connected
 from skfac.client.handles import ActorTarget
 from skfac.client.link import Link
 from skfac.client.outbox import Outbox
+from skfac.wire import direct
 from skfac.wire.codec import (
-    build_outcomes,
-    decode_outcomes_manifest,
     encode_session,
 )
 from skfac.wire.errors import (
@@ -30,9 +29,8 @@ from skfac.wire.errors import (
     ServiceError,
     SessionMismatchError,
 )
-from skfac.wire.frames import PayloadBuffer, decode_frame
 from skfac.wire.objects import arrays_of, frame_arrays, frames_of, snapshot_manifest
-from skfac.wire.outcome import Outcome
+from skfac.wire.outcome_stream import outcomes_of
 from skfac.wire.pool import actor_of_job, actors_of, pool_of
 from skfac.wire.session import SessionSpec
 from skfac.wire.state import SessionState
@@ -81,6 +79,7 @@ class RayTransport:
         self._closed = threading.Event()
         self._session: tuple[_Actor, str] | None = None  # the actor and the session
         self._counts: Counter[str] = Counter()
+        self._direct, self._may_be_direct = False, True
         self._thread = threading.Thread(
             target=keep_connected,
             args=(self._connect_and_serve, target, link, self._closed),
@@ -138,7 +137,8 @@ class RayTransport:
         """Count what went over it.
 
         Returns:
-            `connects`, `disconnects`, `sent_bytes` and `received_bytes`.
+            `connects`, `disconnects`, `sent_bytes` and `received_bytes`, and of those
+            sent `direct_sent_bytes`, past the object store.
         """
         return dict(self._counts)
 
@@ -155,7 +155,7 @@ class RayTransport:
         # shortest pause.
         actor = _find(self._target, self._spec.job)
         session_id = self._open(actor)
-        held = self._link.newest()
+        held = self._link.held()
         subscription = self._call(actor.subscribe, session_id, held)
         self._counts["connects"] += 1
         self._session = actor, session_id
@@ -184,6 +184,9 @@ class RayTransport:
                 # It had room for this trainer before: it may have again.
                 raise ServerUnavailableError(str(refusal)) from None
             raise
+        # An actor of an older release does not say.
+        asked = self._may_be_direct and bool(grant.get("direct"))
+        self._direct = asked and direct.is_available()
         return str(grant["session_id"])
 
     def _serve(self, actor: _Actor, session_id: str, subscription: str) -> str:
@@ -221,19 +224,34 @@ class RayTransport:
         while (snapshot := self._outbox.next_after(step, stop)) is not None:
             step = snapshot.step
             manifest = snapshot_manifest(session_id, snapshot)
-            arrays = arrays_of(snapshot.tensors)
             try:
                 with _service_errors():
-                    rows = ray.put(arrays)
+                    rows = self._put(snapshot.tensors)
                 # In a list: the actor fetches it once it has looked at the manifest.
                 timeout_s = _PUSH_TIMEOUT_S
                 self._call(
                     actor.submit, manifest, [rows], timeout_s=timeout_s, stop=stop
                 )
-                self._counts["sent_bytes"] += sum(array.nbytes for array in arrays)
+                del rows  # the memory is free with the last reference
             except _REFUSALS as error:
                 self._outbox.discard(step)
                 self._link.lose(step, "refused", str(error))
+            except Exception:
+                self._go_through_the_store()  # whatever it was that failed
+                raise
+
+    def _put(self, tensors: Sequence[Tensor]) -> "ray.ObjectRef[Any]":
+        nbytes = sum(tensor.nbytes for tensor in tensors)
+        self._counts["sent_bytes"] += nbytes
+        if self._direct and direct.is_worth_it(tensors):
+            self._counts["direct_sent_bytes"] += nbytes
+            return direct.put(tensors)
+        return ray.put(arrays_of(tensors))
+
+    def _go_through_the_store(self) -> None:
+        if self._direct:
+            self._direct = self._may_be_direct = False
+            logger.warning("Rows go through Ray's object store from now on.")
 
     def _receive(self, actor: _Actor, subscription: str, stop: threading.Event) -> None:
         while not stop.is_set():
@@ -243,7 +261,8 @@ class RayTransport:
             )
             frames = list(frames_of(arrays))
             self._counts["received_bytes"] += sum(map(len, frames))
-            for outcomes in _decoded(frames):
+            # Copied: the store may go before the versions that are in use.
+            for outcomes in outcomes_of(frames):
                 for step in self._link.receive(outcomes):
                     self._outbox.discard(step)
 
@@ -338,19 +357,3 @@ def _service_errors() -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
-
-
-def _decoded(frames: Iterable[bytes]) -> Iterator[list[Outcome]]:
-    message, buffer = None, None
-    for data in frames:
-        frame = decode_frame(data)
-        if frame.manifest is not None:
-            message, headers = decode_outcomes_manifest(frame.manifest)
-            buffer = PayloadBuffer(headers)
-        if message is None or buffer is None:
-            raise InvalidRequestError("A payload came without a manifest.")
-        # A copy: the object store may go before the versions that are in use.
-        buffer.write(frame.payload)
-        if buffer.complete:
-            yield build_outcomes(message, buffer.tensors())
-            message, buffer = None, None

@@ -48,6 +48,9 @@ class ReadyVersions:
                 )
                 for tensor in version.preconditioner.tensors
             ]
-            ready = version, version.preconditioner.with_tensors(*tensors)
+            both = version.preconditioner
+            if any(a is not b for a, b in zip(tensors, both.tensors, strict=True)):
+                both = both.with_tensors(*tensors)
+            ready = version, both
             self._ready[index] = ready
         return ready[1]

@@ -334,5 +334,6 @@ def _is_eligible(layer: TrackedLayer, config: PreconditionerConfig) -> bool:
     return (
         config.apply != "gradient"
         and config.lag > 0
+        and layer.shard is None
         and layer.geometry.kind in FULLY_CONNECTED
     )

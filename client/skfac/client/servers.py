@@ -1,56 +1,87 @@
 """One or more servers that share the layers of a trainer."""
 
-import socket
+import logging
+import os
+import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from skfac.client.capture import PendingSnapshot
-from skfac.client.config import check_target
-from skfac.client.handles import ActorTarget, is_handle
 from skfac.client.layer_map import LayerMap
+from skfac.client.step_log import StepLog
 from skfac.client.store import Store
+from skfac.client.targets import Lookout, Names
 from skfac.client.transport import Transport, connect
 from skfac.client.world import World
-from skfac.wire.errors import ConfigurationError
+from skfac.wire.credentials import Credentials
 from skfac.wire.session import SessionSpec
 from skfac.wire.state import LayerState, SessionState
 
-Target = str | Any | Sequence[str | Any]
-"""What a trainer passes: one target, or a list of addresses or handles of actors."""
+logger = logging.getLogger(__name__)
 
-_DNS = "dns:///"
+
+@dataclass(frozen=True, eq=False)
+class _Server:
+    number: int  # in the store; no two servers of a run have the same
+    target: str
+    transport: Transport
 
 
 class Servers:
     """The transports of all servers, and the layers that each of them has.
 
     Every server has a session with all layers, and gets the rows of its own. All ranks
-    use one map: it follows from what every rank can reach, which they agree on.
+    use one map: it follows from the servers that the names stand for on every rank, and
+    from what every rank can reach, both of which they agree on at each snapshot. A
+    server that has left is kept until it owes nothing.
 
     Attributes:
         targets: Of the servers.
+        changes: How often servers came or went.
     """
 
     def __init__(
-        self, targets: Sequence[str], spec: SessionSpec, world: World, store: Store
+        self,
+        targets: Sequence[str],
+        spec: SessionSpec,
+        world: World,
+        store: Store,
+        log: StepLog,
+        credentials: Credentials | None = None,
+        lookout: tuple[Names, float] | None = None,
     ) -> None:
         self.targets = tuple(targets)
+        self.changes = 0
+        self._spec = spec
         self._world = world
         self._store = store
-        self._map = LayerMap(spec.layers, targets)
-        self._assigned = self._map.at([True] * len(targets))
-        self._transports: list[Transport] = []
+        self._log = log
+        self._credentials = credentials
+        self._servers: list[_Server] = []
+        self._leaving: list[_Server] = []
+        self._past: Counter[str] = Counter()  # of servers that have left
+        self._goodbyes: list[threading.Thread] = []
+        self._numbers = 0
+        self._lookout: Lookout | None = None
+        self._owner = os.getpid()
         try:
-            for server, target in enumerate(targets):
-                link = store.link(server)
-                self._transports.append(connect(target, spec, world.rank, link))
+            self._servers = [self._start(target) for target in targets]
         except BaseException:
             self.close()
             raise
+        self._map = LayerMap(spec.layers, self.targets)
+        self._assigned = self._owners([True] * len(targets))
+        self._offered = self.targets  # what this rank last told the others
+        if lookout is not None and lookout[0].moving:
+            names, every_s = lookout
+            self._lookout = Lookout(
+                names, self.targets, every_s, self._is_one_down, self._look_for_gone
+            )
 
     def empty(self, layer: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Make memory for the rows of a layer, where they can be sent from.
@@ -58,17 +89,22 @@ class Servers:
         Returns:
             A tensor on the CPU, of any content.
         """
-        return self._transports[self._assigned[layer]].empty(shape, dtype)
+        return self._assigned[layer].transport.empty(shape, dtype)
 
     def push(self, snapshot: PendingSnapshot) -> None:
         """Send each server its layers and return at once; all ranks do it together."""
-        if len(self._transports) > 1:
-            self._assigned = self._map.at(self._world.agree(self._store.links))
-        self._store.expect(snapshot.step, self._assigned)
-        for server, transport in enumerate(self._transports):
-            own = [i for i, owner in enumerate(self._assigned) if owner == server]
+        if self._lookout is not None or len(self._servers) > 1:
+            self._assigned = self._owners(self._agree())
+        numbers = [server.number for server in self._assigned]
+        self._store.expect(snapshot.step, numbers)
+        self._log.captured(snapshot.step, numbers, self._spec.versions_in_flight)
+        for server in self._servers:
+            own = self._layers_of(server)
             if own:
-                transport.push(snapshot.only(own))
+                report = self._log.report(server.number, own)
+                server.transport.push(snapshot.only(own, report))
+        self._log.clear()
+        self._let_go()
 
     def export_state(self, timeout_s: float) -> SessionState | None:
         """Copy what the servers keep of earlier updates.
@@ -77,13 +113,13 @@ class Servers:
             The histories of all layers, each from the server that has it now; None if
             a server gave none in time.
         """
-        states = [t.export_state(timeout_s) for t in self._transports]
         layers: list[LayerState] = []
-        for server, state in enumerate(states):
-            if state is None:
+        for server in self._servers:
+            own = self._layers_of(server)
+            state = server.transport.export_state(timeout_s) if own else None
+            if own and state is None:
                 return None
-            own = (s for s in state.layers if self._assigned[s.layer] == server)
-            layers += own
+            layers += (s for s in (state.layers if state else ()) if s.layer in own)
         return SessionState(tuple(sorted(layers, key=lambda state: state.layer)))
 
     def import_state(self, state: SessionState, timeout_s: float) -> bool:
@@ -93,62 +129,120 @@ class Servers:
             Whether all do.
         """
         done = []
-        for server, transport in enumerate(self._transports):
-            own = (s for s in state.layers if self._assigned[s.layer] == server)
-            done.append(transport.import_state(SessionState(tuple(own)), timeout_s))
+        for server in self._servers:
+            own = self._layers_of(server)
+            layers = tuple(s for s in state.layers if s.layer in own)
+            done.append(server.transport.import_state(SessionState(layers), timeout_s))
         return all(done)
 
     def counts(self) -> Mapping[str, int]:
         """Count what went over all links.
 
         Returns:
-            Sums over the servers.
+            Sums over the servers, those that have left among them.
         """
-        total: Counter[str] = Counter()
-        for transport in self._transports:
-            total.update(transport.counts())
+        total = Counter(self._past)
+        for server in [*self._servers, *self._leaving]:
+            total.update(server.transport.counts())
         return dict(total)
 
+    def describe(self) -> dict[str, Any]:
+        """Describe the servers.
+
+        Returns:
+            `servers`, `server_changes` and `lookup_failures`, as
+            `Preconditioner.report` describes them.
+        """
+        servers = {
+            server.target: {"connected": up, "layers": len(self._layers_of(server))}
+            for server, up in zip(self._servers, self._store.links, strict=True)
+        }
+        return {
+            "servers": servers,
+            "server_changes": self.changes,
+            "lookup_failures": self._lookout.failures if self._lookout else 0,
+        }
+
     def close(self) -> None:
-        """Leave all sessions and end all threads; idempotent."""
-        for transport in self._transports:
-            transport.close()
+        """Leave all sessions and end all threads; idempotent.
 
+        In a forked child there are no threads, and the sessions are the parent's.
+        """
+        if os.getpid() != self._owner:
+            return
+        if self._lookout is not None:
+            self._lookout.close()
+        for server in [*self._servers, *self._leaving]:
+            server.transport.close()
+        for goodbye in self._goodbyes:
+            goodbye.join()
 
-def targets_of(target: Target, world: World) -> tuple[str, ...]:
-    """Find the servers that a target stands for, the same on all ranks.
+    # ---------------------------------------------------------------- the map
 
-    Args:
-        target: What the trainer passed; `dns:///name:port` stands for every address of
-            the name.
-        world: Rank 0 looks names up for all.
+    def _owners(self, reachable: Sequence[bool]) -> list[_Server]:
+        return [self._servers[index] for index in self._map.at(reachable)]
 
-    Returns:
-        One target a server.
+    def _layers_of(self, server: _Server) -> list[int]:
+        return [layer for layer, owner in enumerate(self._assigned) if owner is server]
 
-    Raises:
-        ConfigurationError: If there is none, one is no target, or a name is unknown.
-    """
-    several = isinstance(target, list | tuple)
-    found: list[str] = []
-    for one in target if several else [target]:
-        name = ActorTarget.of(one) if is_handle(one) else one
-        if isinstance(name, str) and name.startswith(_DNS):
-            found += _resolved(name)
-        else:
-            found.append(name if isinstance(name, str) else check_target(name))
-    shared = world.share("\n".join(dict.fromkeys(found)))
-    if not shared:
-        raise ConfigurationError("target is an empty list: name at least one server.")
-    own = {name: name for name in found}  # handles are those of this process
-    return tuple(own.get(name, name) for name in shared.split("\n"))
+    def _agree(self) -> list[bool]:
+        # Which servers every rank can reach, once they have agreed on the servers.
+        view = self._offered if self._lookout is None else self._lookout.view
+        unchanged, *reachable = self._world.agree(
+            [view == self._offered, *self._store.links]
+        )
+        if unchanged:
+            return reachable
+        self._offered = view
+        views = [text.split("\n") for text in self._world.gather("\n".join(view))]
+        common = tuple(t for t in views[0] if all(t in other for other in views))
+        if not common:
+            logger.warning("The ranks have found no server in common.")
+        elif set(common) != set(self.targets):
+            return self._change(common, dict(zip(self.targets, reachable, strict=True)))
+        return reachable
 
+    def _change(
+        self, targets: tuple[str, ...], reachable: dict[str, bool]
+    ) -> list[bool]:
+        # A new server is reached by nobody yet: it gets layers at a later snapshot.
+        logger.info("The servers are now %s.", ", ".join(targets))
+        kept = [server for server in self._servers if server.target in targets]
+        for server in self._servers:
+            if server not in kept:
+                self._store.retire(server.number)
+                self._leaving.append(server)
+        new = [self._start(target) for target in targets if target not in reachable]
+        self._servers = kept + new  # by number, as the store's links
+        self.targets = tuple(server.target for server in self._servers)
+        self.changes += 1
+        self._map = LayerMap(self._spec.layers, self.targets)
+        return [reachable.get(target, False) for target in self.targets]
 
-def _resolved(target: str) -> list[str]:
-    host, _, port = target.removeprefix(_DNS).rpartition(":")
-    try:
-        found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise ConfigurationError(f"{target!r} cannot be looked up: {error}.") from None
-    addresses = sorted({str(address[4][0]) for address in found})
-    return [f"[{a}]:{port}" if ":" in a else f"{a}:{port}" for a in addresses]
+    def _start(self, target: str) -> _Server:
+        number, self._numbers = self._numbers, self._numbers + 1
+        link = self._store.link(number, self._log)
+        transport = connect(
+            target, self._spec, self._world.rank, link, self._credentials
+        )
+        return _Server(number, target, transport)
+
+    def _let_go(self) -> None:
+        for server in [s for s in self._leaving if not self._store.owes(s.number)]:
+            self._leaving.remove(server)
+            self._past.update(server.transport.counts())
+            # It says goodbye over the network: not in the trainer's time.
+            goodbye = threading.Thread(
+                target=server.transport.close, name="skfac-goodbye", daemon=True
+            )
+            goodbye.start()
+            self._goodbyes = [t for t in self._goodbyes if t.is_alive()] + [goodbye]
+
+    # ---------------------------------------------------------------- the lookout
+
+    def _is_one_down(self) -> bool:
+        return not all(self._store.links)
+
+    def _look_for_gone(self, view: tuple[str, ...]) -> None:
+        gone = [server.number for server in self._servers if server.target not in view]
+        self._store.give_up_on(gone)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from skfac.wire.arena import Arena
-from skfac.wire.frames import PayloadBuffer, encode_region, payload_nbytes
+from skfac.wire.frames import encode_region, payload_nbytes
 from skfac.wire.memory import Pool
+from skfac.wire.payload import PayloadBuffer
 from skfac.wire.session import LayerSpec, SessionSpec
 from skfac.wire.shared_memory import MAX_SNAPSHOTS, TOKEN_BYTES, Area, OwnRegion
 from skfac.wire.snapshot import ALIGNMENT, LayerRows, Snapshot, TensorHeader, padded

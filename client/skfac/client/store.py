@@ -6,55 +6,26 @@ until a newer one is due.
 """
 
 import logging
-import math
 import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from skfac.client.checkpoint import StoreState
 from skfac.client.link import Link
-from skfac.curvature.inverse import FactorInverse
+from skfac.client.proposal import Agreement, Proposal
+from skfac.client.roster import Roster
+from skfac.client.step_log import StepLog
+from skfac.client.usable import is_usable
 from skfac.wire.errors import (
     LateVersionError,
     ServerUnavailableError,
     ServiceError,
 )
 from skfac.wire.outcome import Loss, LossReason, Outcome, Version
-from skfac.wire.session import LayerSpec, SessionSpec
+from skfac.wire.session import SessionSpec
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """What one rank would use now, for all ranks to agree on.
-
-    Attributes:
-        step: Capture step of the versions in question.
-        wait_s: How long this rank would have waited for them.
-        on_time: Whether this is their deadline.
-        flags: Whether a server may still answer; for each layer whether its version is
-            here; for each layer whether nothing more is to be expected.
-    """
-
-    step: int
-    wait_s: float
-    on_time: bool
-    flags: tuple[bool, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class StoreState:
-    """All versions of a store, as a checkpoint holds them.
-
-    Attributes:
-        in_use: The version of each layer that steps use.
-        expected: Capture step -> the outcome of each layer; None if none came yet.
-    """
-
-    in_use: list[Version | None]
-    expected: dict[int, list[Outcome | None]]
 
 
 class Store:
@@ -66,9 +37,10 @@ class Store:
     Attributes:
         counts: What happened so far: `solved` and each reason of a loss, by layer and
             version; `late` versions that missed their deadline; `corrupt` ones that
-            were refused here; `unexpected` ones that nobody asked for; `history_losses`
-            of layers whose server forgot earlier updates; `waits` of a
-            step and `vain_waits` among them.
+            were refused here; `unexpected` ones that nobody asked for; `unlike` ones
+            that not all ranks have alike, and none uses; `history_losses` of layers
+            whose server forgot earlier updates; `waits` of a step and `vain_waits`
+            among them.
         waited_s: Time that steps spent waiting.
     """
 
@@ -78,9 +50,7 @@ class Store:
         self._expected: dict[int, list[Outcome | None]] = {}
         self._in_use: list[Version | None] = [None] * len(spec.layers)
         self._of_server: dict[int, Sequence[int]] = {}  # step -> server of each layer
-        self._links = [False] * servers
-        self._silent: set[int] = set()  # waited for in vain, and not heard since
-        self._failures: dict[int, ServiceError] = {}
+        self._roster = Roster(servers)
         self._said: set[tuple[int | None, LossReason]] = set()
         self._updates = [0] * len(spec.layers)
         self.counts: Counter[str] = Counter()
@@ -88,13 +58,36 @@ class Store:
 
     # ---------------------------------------------------------------- links
 
-    def link(self, server: int) -> "Link":
+    def link(self, server: int, log: StepLog | None = None) -> "Link":
         """Give a transport what it reports to.
 
         Returns:
-            The face of this store for one server.
+            The face of this store for one server, which may be a new one.
         """
-        return Link(self, server)
+        with self._changed:
+            self._roster.add(server)
+        return Link(self, server, log)
+
+    def retire(self, server: int) -> None:
+        """Take a server out; what it owes may come for as long as it is connected."""
+        with self._changed:
+            self._roster.retire(server)
+            self._lose_gone()
+
+    def give_up_on(self, servers: Sequence[int]) -> None:
+        """Tell which servers will not be back once they are not connected any more."""
+        with self._changed:
+            self._roster.give_up_on(servers)
+            self._lose_gone()
+
+    def owes(self, server: int) -> bool:
+        """Tell whether anything that is expected of a server is missing.
+
+        Returns:
+            Whether it is.
+        """
+        with self._changed:
+            return any(self._missing(step, server) for step in self._expected)
 
     def receive(self, server: int, outcomes: list[Outcome]) -> list[int]:
         """See `Link.receive`.
@@ -104,7 +97,7 @@ class Store:
         """
         checked = [self._checked(outcome) for outcome in outcomes]
         with self._changed:
-            self._silent.discard(server)
+            self._roster.hear(server)
             for outcome in checked:
                 slots = self._expected.get(outcome.step)
                 known = outcome.layer < len(self._spec.layers)
@@ -120,54 +113,49 @@ class Store:
     def lose(self, server: int, step: int, reason: LossReason, message: str) -> None:
         """See `Link.lose`."""
         with self._changed:
-            for layer in self._missing(step, server):
-                lost = Loss(layer, step, reason, message)
-                self._expected[step][layer] = lost
-                self._count(lost)
-            self._changed.notify_all()
+            self._lose(server, step, reason, message)
 
     def set_link(self, server: int, *, up: bool) -> None:
         """See `Link.set_link`."""
         with self._changed:
-            self._links[server] = up
-            self._silent.discard(server)
-            self._changed.notify_all()
+            self._roster.set_link(server, up=up)
+            self._lose_gone()
 
     def fail(self, server: int, error: ServiceError) -> None:
         """See `Link.fail`."""
         with self._changed:
-            self._failures[server] = error
+            self._roster.fail(server, error)
             self._changed.notify_all()
 
-    def newest(self) -> dict[int, int]:
-        """Find the newest version that is here, in use or waiting for its step.
+    def held(self, server: int) -> dict[int, int]:
+        """See `Link.held`.
 
         Returns:
-            Its step by layer; layers without any are absent.
+            Steps by layer.
         """
         with self._changed:
             here: list[Outcome | None] = [*self._in_use]
             for row in self._expected.values():
                 here += row
-        held: dict[int, int] = {}
-        for outcome in here:
-            if outcome is not None:
-                held[outcome.layer] = max(held.get(outcome.layer, -1), outcome.step)
-        return held
+            newest: dict[int, int] = {}
+            for o in (outcome for outcome in here if outcome is not None):
+                newest[o.layer] = max(newest.get(o.layer, -1), o.step)
+            for step in self._expected:
+                for layer in self._missing(step, server):
+                    newest[layer] = min(newest.get(layer, -1), step - 1)
+        return {layer: step for layer, step in newest.items() if step >= 0}
 
     # ---------------------------------------------------------------- trainer
 
     @property
     def links(self) -> list[bool]:
-        """Whether each server is connected."""
-        return list(self._links)
+        """Whether each server in use is connected, in the order of their numbers."""
+        return self._roster.links
 
     @property
     def failure(self) -> ServiceError | None:
         """Why no server will ever answer; None while one may."""
-        if len(self._failures) < len(self._links):
-            return None
-        return next(iter(self._failures.values()))
+        return self._roster.failure
 
     @property
     def in_use(self) -> list[Version | None]:
@@ -184,16 +172,10 @@ class Store:
             ServiceError: If all refuse this trainer.
         """
         with self._changed:
-            self._changed.wait_for(
-                lambda: all(
-                    up or server in self._failures
-                    for server, up in enumerate(self._links)
-                ),
-                timeout_s,
-            )
+            self._changed.wait_for(lambda: self._roster.all_known, timeout_s)
             if self.failure is not None:
                 raise self.failure
-            return any(self._links)
+            return any(self.links)
 
     def expect(self, step: int, servers: Sequence[int] | None = None) -> None:
         """Declare that a snapshot of all layers is captured.
@@ -225,35 +207,40 @@ class Store:
             if on_time:
                 self._wait_for(newest, wait_s)
             row = self._expected[newest]
-            here = [isinstance(outcome, Version) for outcome in row]
-            settled = [outcome is not None for outcome in row]
-            flags = (self.failure is None, *here, *settled)
-            return Proposal(newest, wait_s, on_time, flags)
+            return Proposal(
+                newest,
+                wait_s,
+                on_time,
+                alive=self.failure is None,
+                settled=tuple(outcome is not None for outcome in row),
+                here=tuple(map(self._identity, row)),
+            )
 
-    def adopt(self, proposal: Proposal, agreed: Sequence[bool]) -> None:
-        """Use what all ranks have, and from now on.
+    def adopt(self, proposal: Proposal, least: Sequence[int]) -> None:
+        """Use what all ranks have alike, and from now on.
 
         Args:
             proposal: That of this rank.
-            agreed: Its flags where they are set on every rank.
+            least: The minimum of its `numbers` over all ranks.
 
         Raises:
             LateVersionError: Under `on_late="raise"`, if a version missed its deadline.
             ServiceError: Under `on_late="wait"` or `"raise"`, if no server will answer.
         """
-        alive, *rest = agreed
-        here, settled = rest[: len(self._in_use)], rest[len(self._in_use) :]
+        agreed = proposal.agreed(least)
         with self._changed:
             row = self._expected[proposal.step]
             for layer, outcome in enumerate(row):
-                if here[layer]:
+                if agreed.usable[layer]:
                     assert isinstance(outcome, Version)
                     self._in_use[layer] = outcome
+                elif agreed.unlike[layer]:
+                    self._drop(layer, proposal.step)
             for old in [c for c in self._expected if c <= proposal.step]:
-                if old < proposal.step or all(settled):
+                if old < proposal.step or all(agreed.settled):
                     del self._expected[old], self._of_server[old]
             if proposal.on_time:
-                self._look_for_late(settled, proposal.wait_s, alive=alive)
+                self._look_for_late(agreed, proposal.wait_s)
 
     def settle(self, timeout_s: float) -> StoreState:
         """Wait for everything that is expected, then copy what is there.
@@ -283,21 +270,19 @@ class Store:
 
     # ---------------------------------------------------------------- inside
 
-    def _look_for_late(
-        self, settled: Sequence[bool], wait_s: float, *, alive: bool
-    ) -> None:
-        missing = settled.count(False)
+    def _look_for_late(self, agreed: Agreement, wait_s: float) -> None:
+        missing = agreed.settled.count(False)
         if not missing:
             return
         self.counts["late"] += missing
         if self._spec.on_late == "keep":
             return
-        if self._failures:
-            raise next(iter(self._failures.values()))
-        if not alive:
+        if self._roster.first_failure is not None:
+            raise self._roster.first_failure
+        if not agreed.alive:
             raise ServerUnavailableError("No server answers another rank any more.")
         raise LateVersionError(
-            f"{missing} of {len(settled)} layers have no version after wait_s = "
+            f"{missing} of {len(agreed.settled)} layers have no version after wait_s = "
             f"{wait_s:g} s, lag = {self._spec.lag} steps after their snapshot."
         )
 
@@ -315,8 +300,20 @@ class Store:
         self.waited_s += time.monotonic() - began_s
         if None in row:
             self.counts["vain_waits"] += 1
-            silent = (s for s, up in enumerate(self._links) if up)
-            self._silent.update(s for s in silent if self._missing(step, s))
+            there = self._roster.connected
+            self._roster.fall_silent(s for s in there if self._missing(step, s))
+
+    def _lose(self, server: int, step: int, reason: LossReason, message: str) -> None:
+        for layer in self._missing(step, server):
+            self._expected[step][layer] = lost = Loss(layer, step, reason, message)
+            self._count(lost)
+        self._changed.notify_all()
+
+    def _lose_gone(self) -> None:
+        for server in self._roster.lost:
+            for step in self._expected:
+                self._lose(server, step, "gone", "Its server has left.")
+        self._changed.notify_all()
 
     def _missing(self, step: int, server: int) -> list[int]:
         # Layers whose outcome this server owes.
@@ -331,17 +328,11 @@ class Store:
 
     def _hoped_for(self, step: int) -> bool:
         # Whether an outcome may come soon: its server is there and not silent.
-        return any(
-            up and server not in self._silent and self._missing(step, server)
-            for server, up in enumerate(self._links)
-        )
+        return any(self._missing(step, server) for server in self._roster.hopeful)
 
     def _is_settled(self, step: int) -> bool:
         # Nothing more will ever come.
-        return not any(
-            server not in self._failures and self._missing(step, server)
-            for server in range(len(self._links))
-        )
+        return not any(self._missing(step, server) for server in self._roster.possible)
 
     def _count(self, outcome: Outcome) -> None:
         if isinstance(outcome, Version):
@@ -361,10 +352,8 @@ class Store:
 
     def _check_history(self, version: Version) -> None:
         # A server that was restarted begins anew, which changes the curvature.
-        before, self._updates[version.layer] = (
-            self._updates[version.layer],
-            version.updates,
-        )
+        before = self._updates[version.layer]
+        self._updates[version.layer] = version.updates
         if version.updates >= before:
             return
         self.counts["history_losses"] += 1
@@ -376,25 +365,27 @@ class Store:
             before,
         )
 
+    def _drop(self, layer: int, step: int) -> None:
+        self.counts["unlike"] += 1
+        text = (
+            "Its server was restarted and solved it again, of the rows that were left."
+        )
+        self._expected[step][layer] = lost = Loss(layer, step, "failed", text)
+        self._count(lost)
+
+    def _identity(self, outcome: Outcome | None) -> int:
+        if not isinstance(outcome, Version):
+            return 0
+        return outcome.fingerprint if self._spec.world_size > 1 else 1
+
     def _checked(self, outcome: Outcome) -> Outcome:
         # A server that is wrong must not change the model: such a version is lost.
         if isinstance(outcome, Loss) or outcome.layer >= len(self._spec.layers):
             return outcome
-        layer, both = self._spec.layers[outcome.layer], outcome.preconditioner
-        pairs = (both.activations, layer.d_in), (both.derivatives, layer.d_out)
-        if all(_is_usable(inverse, layer, dim) for inverse, dim in pairs):
+        layer = self._spec.layers[outcome.layer]
+        if is_usable(outcome.preconditioner, layer):
+            self._identity(outcome)  # kept: here it costs the trainer's thread nothing
             return outcome
         self.counts["corrupt"] += 1
         text = f"The server sent an unusable inverse of layer {layer.name!r}."
         return Loss(outcome.layer, outcome.step, "failed", text)
-
-
-def _is_usable(inverse: FactorInverse, layer: LayerSpec, dim: int) -> bool:
-    matrix = inverse.tensor
-    groups = () if layer.groups == 1 else (layer.groups,)
-    if matrix.ndim != len(groups) + 2 or matrix.shape[:-2] != groups:
-        return False
-    if (inverse.dim, matrix.shape[-1]) != (dim, dim):
-        return False
-    # A sum is one pass; of finite inverses it is far from overflowing.
-    return inverse.damping > 0 and math.isfinite(float(matrix.sum()))

@@ -10,6 +10,8 @@ from skfac.client.capture import PendingSnapshot
 from skfac.client.config import check_target
 from skfac.client.handles import ActorTarget
 from skfac.client.link import Link
+from skfac.wire.credentials import Credentials
+from skfac.wire.errors import ConfigurationError
 from skfac.wire.session import SessionSpec
 from skfac.wire.state import SessionState
 
@@ -50,7 +52,13 @@ class Transport(Protocol):
         """Leave the session and end all threads; idempotent."""
 
 
-def connect(target: str, spec: SessionSpec, rank: int, link: Link) -> Transport:
+def connect(
+    target: str,
+    spec: SessionSpec,
+    rank: int,
+    link: Link,
+    credentials: Credentials | None = None,
+) -> Transport:
     """Start the transport that a target needs.
 
     Args:
@@ -58,23 +66,30 @@ def connect(target: str, spec: SessionSpec, rank: int, link: Link) -> Transport:
         spec: The session to open.
         rank: Of this process.
         link: Takes the outcomes.
+        credentials: For a server.
 
     Returns:
         The running transport.
 
     Raises:
         ConfigurationError: If the target is none of these, or needs what is not
-            installed.
+            installed, or the credentials are no good, or not for it.
     """
-    if check_target(target) == "embedded":
+    by_ray = isinstance(check_target(target), ActorTarget) or target.startswith("ray:")
+    if credentials is not None and (by_ray or target == "embedded"):
+        raise ConfigurationError(
+            f"credentials are for servers: {target!r} takes none, as an engine in this "
+            "process needs none and Ray trusts everybody in its cluster."
+        )
+    if target == "embedded":
         # The one place where the client needs the server's code.
         from skfac.client.embedded import EmbeddedTransport
 
         return EmbeddedTransport(spec, link)
-    if isinstance(target, ActorTarget) or target.startswith("ray:"):
+    if by_ray:
         from skfac.client.ray_transport import RayTransport  # needs Ray
 
         return RayTransport(target, spec, rank, link)
     from skfac.client.grpc_transport import GrpcTransport
 
-    return GrpcTransport(target, spec, rank, link)
+    return GrpcTransport(target, spec, rank, link, credentials)

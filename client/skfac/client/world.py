@@ -2,7 +2,7 @@
 
 Replicas stay identical only if every rank uses the same versions at the same step. What
 arrived where differs from rank to rank, so that choice is made together: one reduction
-of a few bits on the CPU, and only in steps where something is due.
+of a few numbers on the CPU, and only in steps where something is due.
 """
 
 from collections.abc import Sequence
@@ -21,10 +21,22 @@ class World(Protocol):
     Attributes:
         rank: Of this process, in [0, size).
         size: How many processes there are.
+        members: Their ranks among all processes of `torch.distributed`.
     """
 
     rank: int
     size: int
+    members: Sequence[int]
+
+    def least(self, numbers: Sequence[int]) -> list[int]:
+        """Find the smallest of the numbers that the ranks pass.
+
+        Args:
+            numbers: As many on each rank, between -2⁶³ and 2⁶³.
+
+        Returns:
+            The minimum of each over the ranks; the same on all ranks.
+        """
 
     def agree(self, flags: Sequence[bool]) -> list[bool]:
         """Find what is true on every rank.
@@ -50,12 +62,30 @@ class World(Protocol):
             Rank 0's text.
         """
 
+    def gather(self, text: str) -> list[str]:
+        """Let all ranks have what each passes.
+
+        Returns:
+            The text of each rank.
+        """
+
 
 class Alone:
     """A `World` of one process, which costs nothing."""
 
     rank = 0
     size = 1
+
+    def __init__(self, member: int = 0) -> None:
+        self.members: Sequence[int] = (member,)
+
+    def least(self, numbers: Sequence[int]) -> list[int]:
+        """Compare with nobody.
+
+        Returns:
+            The numbers.
+        """
+        return list(numbers)
 
     def agree(self, flags: Sequence[bool]) -> list[bool]:
         """Agree with oneself.
@@ -81,6 +111,14 @@ class Alone:
         """
         return text
 
+    def gather(self, text: str) -> list[str]:
+        """Tell oneself.
+
+        Returns:
+            The text alone.
+        """
+        return [text]
+
 
 class Ranks:
     """A `World` of the processes of a `torch.distributed` group.
@@ -92,21 +130,30 @@ class Ranks:
     def __init__(self, group: ProcessGroup) -> None:
         self.rank = distributed.get_rank(group)
         self.size = distributed.get_world_size(group)
-        members = distributed.get_process_group_ranks(group)
-        self._first = members[0]
+        self.members: Sequence[int] = distributed.get_process_group_ranks(group)
+        self._first = self.members[0]
         self._group = distributed.new_group(
-            members, backend="gloo", use_local_synchronization=True
+            list(self.members), backend="gloo", use_local_synchronization=True
         )
 
+    def least(self, numbers: Sequence[int]) -> list[int]:
+        """Find the smallest of the numbers, by one small all-reduce.
+
+        Returns:
+            The minimum of each over the ranks.
+        """
+        least = torch.tensor(numbers, dtype=torch.int64)
+        distributed.all_reduce(least, distributed.ReduceOp.MIN, self._group)
+        found: list[int] = least.tolist()
+        return found
+
     def agree(self, flags: Sequence[bool]) -> list[bool]:
-        """Find what is true on every rank, by one small all-reduce.
+        """Find what is true on every rank.
 
         Returns:
             For each flag whether all ranks passed True.
         """
-        bits = torch.tensor(flags, dtype=torch.uint8)
-        distributed.all_reduce(bits, distributed.ReduceOp.MIN, self._group)
-        return [bool(bit) for bit in bits.tolist()]
+        return [bool(bit) for bit in self.least(flags)]
 
     def mean(self, value: float) -> float:
         """Average a number over the ranks.
@@ -130,7 +177,26 @@ class Ranks:
         if self.rank:
             data = torch.empty(int(length), dtype=torch.uint8)
         distributed.broadcast(data, self._first, self._group)
-        return bytes(data.tolist()).rstrip(b"\0").decode()
+        return _text_of(data)
+
+    def gather(self, text: str) -> list[str]:
+        """Let all ranks have what each passes.
+
+        Returns:
+            The text of each rank.
+        """
+        data = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        lengths = [torch.tensor(0) for _ in range(self.size)]
+        distributed.all_gather(lengths, torch.tensor(len(data)), self._group)
+        padded = torch.zeros(1 + max(map(int, lengths)), dtype=torch.uint8)
+        padded[: len(data)] = data
+        texts = [torch.empty_like(padded) for _ in range(self.size)]
+        distributed.all_gather(texts, padded, self._group)
+        return list(map(_text_of, texts))
+
+
+def _text_of(padded: torch.Tensor) -> str:
+    return bytes(padded.tolist()).rstrip(b"\0").decode()
 
 
 def world_of(group: ProcessGroup | None) -> World:
@@ -153,7 +219,9 @@ def world_of(group: ProcessGroup | None) -> World:
         raise ConfigurationError(
             "process_group is a group that this process does not belong to."
         )
-    return Ranks(group) if distributed.get_world_size(group) > 1 else Alone()
+    if distributed.get_world_size(group) > 1:
+        return Ranks(group)
+    return Alone(distributed.get_rank())
 
 
 def check_ranks(world: World, targets: Sequence[str], apply: str) -> None:
