@@ -64,6 +64,7 @@ def jobs(*, short: bool) -> list[tuple[str, list[str]]]:
         *(("solver", options) for options in solver),
         ("transport", _options(plot=IMAGES / "speed_transport.png")),
         ("scale", _options(plot=IMAGES / "speed_scale.png")),
+        ("scale", _options(transport="grpc")),
     ]
 
 

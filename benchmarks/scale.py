@@ -1,7 +1,8 @@
 """Pushes the layers of real models from 1 to 64 ranks, and waits for all versions.
 
-One engine in this process solves on one core. In mode `sessions` every rank is a job of
-its own; in mode `ranks` all are of one job, and the rows of a layer are joined. For
+One engine solves on one core: in this process, or with `--transport grpc` in a server,
+whose time and memory are measured then. In mode `sessions` every rank is a job of its
+own; in mode `ranks` all are of one job, and the rows of a layer are joined. For
 each number of ranks, the largest first:
 
 - `seconds` from the first push to the last version, and `cpu_seconds`, which others on
@@ -26,6 +27,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,11 +37,10 @@ import typer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.speed.memory import peak_bytes, reset_peak, resident_bytes
+from benchmarks.speed.places import Place, place
 from benchmarks.speed.shapes import ARCHITECTURES, layers_of
 from skfac.curvature.settings import CurvatureSettings
 from skfac.service.assembler import Assembly
-from skfac.service.config import EngineConfig
-from skfac.service.local_engine import LocalEngine
 from skfac.service.scheduler import Task
 from skfac.service.solver import Solver
 from skfac.wire.allocator import share_one_arena
@@ -48,7 +49,6 @@ from skfac.wire.session import SessionSpec
 from skfac.wire.snapshot import LayerRows, Snapshot
 
 MODES = ("sessions", "ranks")
-PATIENCE_S = 300.0
 SETTINGS = CurvatureSettings(damping=0.1, rank=64, window=2)
 
 
@@ -93,7 +93,7 @@ class Load:
                 yield (0 if of_one_job else rank), snapshot
 
 
-def run(engine: LocalEngine, load: Load) -> dict[str, float]:
+def run(engine: Place, load: Load) -> dict[str, float]:
     """Push a load and wait for its versions.
 
     Returns:
@@ -101,18 +101,16 @@ def run(engine: LocalEngine, load: Load) -> dict[str, float]:
     """
     specs = load.sessions()
     names = [
-        engine.open_session(spec, rank).session_id
-        for spec in specs
-        for rank in range(spec.world_size)
+        engine.open(spec, rank) for spec in specs for rank in range(spec.world_size)
     ][:: specs[0].world_size]
-    before = resident_bytes()
-    reset_peak()
+    before = resident_bytes(engine.pid)
+    reset_peak(engine.pid)
     waiting = deque(load.snapshots())
     rows_bytes = sum(t.nbytes for _, one in waiting for t in one.tensors)
-    began_s, cpu_began_s = time.perf_counter(), time.process_time()
+    began_s, cpu_began_s = time.perf_counter(), engine.cpu_s()
     while waiting:
         index, snapshot = waiting.popleft()
-        engine.submit(names[index], snapshot)
+        engine.submit(names[index], [snapshot])
     del snapshot
     versions, kept_bytes = Counter[tuple[int, int, int]](), 0
     for index, name in enumerate(names):
@@ -120,10 +118,12 @@ def run(engine: LocalEngine, load: Load) -> dict[str, float]:
             versions[index, version.layer, version.step] += 1
             kept_bytes += sum(t.nbytes for t in version.preconditioner.tensors)
     seconds = time.perf_counter() - began_s
-    cpu_seconds = time.process_time() - cpu_began_s
-    above_bytes = peak_bytes() - before
-    kept_bytes += sum(session.history_bytes for session in engine.status().sessions)
-    _leave(engine, specs, names)
+    cpu_seconds = engine.cpu_s() - cpu_began_s
+    above_bytes = peak_bytes(engine.pid) - before
+    kept_bytes += engine.history_bytes()
+    for spec, name in zip(specs, names, strict=True):
+        for rank in range(spec.world_size):
+            engine.leave(name, rank)
     pushed = len(names) * load.steps * len(load.spec.layers)
     return {
         "seconds": round(seconds, 3),
@@ -135,20 +135,11 @@ def run(engine: LocalEngine, load: Load) -> dict[str, float]:
     }
 
 
-def _leave(engine: LocalEngine, specs: list[SessionSpec], names: list[str]) -> None:
-    for spec, name in zip(specs, names, strict=True):
-        for rank in range(spec.world_size):
-            engine.close_session(name, rank)
-
-
-def _versions(engine: LocalEngine, name: str, count: int) -> Iterator[Version]:
-    deadline_s = time.monotonic() + PATIENCE_S
-    with closing(engine.subscribe(name, {})) as subscription:
-        while count > 0 and time.monotonic() < deadline_s:
-            for outcome in subscription.take(1.0):
-                count -= 1
-                if isinstance(outcome, Version):
-                    yield outcome
+def _versions(engine: Place, name: str, count: int) -> Iterator[Version]:
+    with closing(engine.outcomes(name)) as outcomes:
+        for outcome in islice(outcomes, count):
+            if isinstance(outcome, Version):
+                yield outcome
 
 
 def solver_seconds(load: Load) -> float:
@@ -175,7 +166,7 @@ def solver_seconds(load: Load) -> float:
     return spent_s * load.steps
 
 
-def measure(load: Load, counts: list[int]) -> dict[str, Any]:
+def measure(load: Load, counts: list[int], transport: str) -> dict[str, Any]:
     """Run one load with each number of ranks.
 
     Returns:
@@ -184,8 +175,7 @@ def measure(load: Load, counts: list[int]) -> dict[str, Any]:
     found: list[dict[str, float]] = []
     for ranks in sorted(counts, reverse=True):
         one = replace(load, ranks=ranks)
-        limits = EngineConfig(max_sessions=max(counts))
-        with closing(LocalEngine(limits)) as engine:
+        with place(transport, max(counts)) as engine:
             run(engine, replace(load, ranks=1, steps=1))  # warm
             figures = run(engine, one)
         bare_s = solver_seconds(one)
@@ -196,6 +186,7 @@ def measure(load: Load, counts: list[int]) -> dict[str, Any]:
     several = len(found) > 1
     return {
         "mode": load.mode,
+        "transport": transport,
         "layers": len(load.spec.layers),
         "history": load.spec.history,
         "rows": load.rows,
@@ -251,6 +242,9 @@ def main(
     rows: Annotated[int, typer.Option(min=1, help="Rows of a rank.")] = 8,
     steps: Annotated[int, typer.Option(min=1, max=3, help="Steps pushed.")] = 2,
     history: Annotated[str, typer.Option(help="Of the sessions.")] = "snapshot",
+    transport: Annotated[
+        str, typer.Option(help="embedded, or grpc: a server in another process.")
+    ] = "embedded",
     short: Annotated[bool, typer.Option(help="Few ranks and layers.")] = False,
     plot: Annotated[Path | None, typer.Option(help="PNG of all results.")] = None,
 ) -> None:
@@ -264,7 +258,7 @@ def main(
         spec = _spec(layers_of(model, 6 if short else layers), history)
         for mode in modes.split(","):
             load = Load(spec, mode, 1, rows, steps)
-            results.append({"model": model, **measure(load, counts)})
+            results.append({"model": model, **measure(load, counts, transport)})
             print(json.dumps(results[-1]), flush=True)
     if plot:
         draw(results, plot)

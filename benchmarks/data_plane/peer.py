@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -38,7 +39,7 @@ class PublishingEngine:
     matrix of `rank` rows for each side; in any other the word that there is none.
     """
 
-    def __init__(self, *_: object) -> None:
+    def __init__(self, *_: object, **__: object) -> None:
         self._specs: dict[str, SessionSpec] = {}
         self._inverses: dict[str, list[LayerPreconditioner]] = {}
         self._subscriptions: dict[str, Outcomes] = {}
@@ -110,10 +111,13 @@ class Outcomes:
         self._changed = threading.Condition()
         self._queued: list[Outcome] = []
         self._closed = False
+        self.published_s = time.monotonic()
 
     def put(self, outcomes: list[Outcome]) -> None:
         """Publish."""
         with self._changed:
+            if not self._queued:
+                self.published_s = time.monotonic()
             self._queued += outcomes
             self._changed.notify_all()
 

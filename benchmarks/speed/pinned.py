@@ -27,12 +27,23 @@ def server_on_other_core() -> Iterator[str]:
     Yields:
         The target that a trainer connects to.
     """
+    with running_server() as (target, _):
+        yield target
+
+
+@contextmanager
+def running_server(*options: str) -> Iterator[tuple[str, int]]:
+    """Run `skfac serve` on the last core, with options.
+
+    Yields:
+        The target that a trainer connects to, and the number of the process.
+    """
     core = max(range(os.cpu_count() or 1))
     with tempfile.TemporaryDirectory(prefix="skfac-") as folder:
         target = f"unix:{Path(folder) / 'socket'}"
         command = [
             *(str(Path(sys.executable).with_name("skfac")), "serve"),
-            *("--address", target, "--metrics-address", ""),
+            *("--address", target, "--metrics-address", "", *options),
         ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         server = subprocess.Popen(  # noqa: S603  # our own command
@@ -44,7 +55,7 @@ def server_on_other_core() -> Iterator[str]:
         try:
             with grpc.insecure_channel(target) as channel:
                 grpc.channel_ready_future(channel).result(_START_S)
-            yield target
+            yield target, server.pid
         finally:
             server.terminate()
             server.wait()

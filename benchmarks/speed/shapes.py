@@ -1,4 +1,4 @@
-"""The layers of two architectures, as a session declares them."""
+"""The layers of some architectures, as a session declares them."""
 
 from itertools import cycle, islice
 
@@ -35,16 +35,33 @@ def gpt2() -> list[LayerSpec]:
     Returns:
         48 layers, in the order of the forward.
     """
-    width = 768
+    return _gpt2(12, 768)
+
+
+def gpt2_medium() -> list[LayerSpec]:
+    """The linear layers of the 24 blocks of GPT-2 medium, 355M.
+
+    Returns:
+        96 layers, in the order of the forward.
+    """
+    return _gpt2(24, 1024)
+
+
+def llama_7b() -> list[LayerSpec]:
+    """The linear layers of the 32 blocks of LLaMA-7B (Touvron et al., 2023).
+
+    Returns:
+        224 layers, in the order of the forward.
+    """
+    width, inner = 4096, 11008
     sizes = {
-        "attn.c_attn": (width, 3 * width),
-        "attn.c_proj": (width, width),
-        "mlp.c_fc": (width, 4 * width),
-        "mlp.c_proj": (4 * width, width),
+        **{f"attention.w{side}": (width, width) for side in "qkvo"},
+        **{f"feed_forward.w{part}": (width, inner) for part in "13"},
+        "feed_forward.w2": (inner, width),
     }
     return [
-        LayerSpec(f"h.{block}.{name}", "linear", inputs + 1, outputs, True)
-        for block in range(12)
+        LayerSpec(f"layers.{block}.{name}", "linear", inputs, outputs, False)
+        for block in range(32)
         for name, (inputs, outputs) in sizes.items()
     ]
 
@@ -70,6 +87,20 @@ def layers_of(architecture: str, count: int) -> tuple[LayerSpec, ...]:
         LayerSpec(f"{index}.{one.name}", one.kind, one.d_in, one.d_out, one.bias)
         for index, one in enumerate(taken)
     )
+
+
+def _gpt2(blocks: int, width: int) -> list[LayerSpec]:
+    sizes = {
+        "attn.c_attn": (width, 3 * width),
+        "attn.c_proj": (width, width),
+        "mlp.c_fc": (width, 4 * width),
+        "mlp.c_proj": (4 * width, width),
+    }
+    return [
+        LayerSpec(f"h.{block}.{name}", "linear", inputs + 1, outputs, True)
+        for block in range(blocks)
+        for name, (inputs, outputs) in sizes.items()
+    ]
 
 
 def _conv(name: str, kernel: int, inputs: int, outputs: int) -> LayerSpec:
