@@ -18,9 +18,10 @@ class OptimizerName(StrEnum):
     SKFAC = "skfac"
 
 
-def _known_target(target: str) -> str:
+def _known_target(target: str | None) -> str | None:
     try:
-        check_target(target)
+        if target is not None:
+            check_target(target)
     except ConfigurationError as error:
         raise typer.BadParameter(str(error)) from error
     return target
@@ -50,6 +51,17 @@ Target = Annotated[
         callback=_known_target,
         help="Where SKFAC inverts its factors: on a thread of this process, or on the "
         "server (`skfac serve`) that listens there, or in Ray's actors.",
+    ),
+]
+SharedTarget = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        metavar="HOST:PORT | unix:/PATH | ray://NAMESPACE/POOL",
+        callback=_known_target,
+        show_default="a server on a thread of rank 0",
+        help="Where SKFAC inverts the factors of all ranks: on the server (`skfac "
+        "serve`) that listens there, or in Ray's actors.",
     ),
 ]
 Epochs = Annotated[
