@@ -1,6 +1,7 @@
 """Suite-wide settings."""
 
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -16,6 +17,19 @@ settings.load_profile("default")
 # processes that tests start inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+
+
+# `make page-check` installs what these need.
+collect_ignore = [] if find_spec("selenium") else ["browser"]
+
+
+def pytest_collection_modifyitems(items):
+    # Some tests look for "the" cluster of Ray on this machine: one worker has them all.
+    for item in items:
+        params = item.callspec.id if hasattr(item, "callspec") else ""
+        words = {*item.path.parts, *item.path.stem.split("_"), *params.split("-")}
+        if "ray" in words or "ray_cluster" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("ray"))
 
 
 @pytest.fixture(autouse=True)

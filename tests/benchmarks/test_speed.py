@@ -70,11 +70,11 @@ def test_layers_repeat_under_other_names():
 
 
 def test_a_peak_is_seen_after_it_is_over():
-    before = resident_bytes()
-    reset_peak()
+    before = resident_bytes(os.getpid())
+    reset_peak(os.getpid())
     large = torch.ones(50 * 2**20, dtype=torch.uint8)
 
     del large
 
-    assert resident_bytes() < before + 40 * 2**20
-    assert peak_bytes() > before + 40 * 2**20
+    assert resident_bytes(os.getpid()) < before + 40 * 2**20
+    assert peak_bytes(os.getpid()) > before + 40 * 2**20

@@ -9,7 +9,7 @@ from skfac.client.config import PreconditionerConfig
 from skfac.client.layers import track_layers
 from skfac.client.ready import ReadyVersions
 from skfac.client.row_space import RowSpace
-from skfac.curvature.layer import precondition_layer
+from skfac.curvature.layer import apply_in_stacks, precondition_layer
 from skfac.wire.outcome import Version
 
 LR = 0.3
@@ -221,3 +221,32 @@ def test_the_prediction_is_the_quadratic_model_s():
     assert done.prediction is not None
     # lr² ν² <P, ∇W> is the trust region's κ, which binds here.
     assert done.prediction.decrease == pytest.approx(float(slope) - kl_clip / 2)
+
+
+@pytest.mark.parametrize("most", [0, 30])
+def test_small_gradients_of_equal_shapes_go_in_stacks(monkeypatch, most):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(5, 5) for _ in range(3)), nn.Linear(5, 9))
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    layers = layers_of(model)
+    versions = [version_of(layer, index) for index, layer in enumerate(layers)]
+    versions[1] = None
+    expected = raw_gradients(layers)
+    for i in (0, 2, 3):
+        expected[i] = versions[i].preconditioner.apply(expected[i])
+    stacked = []
+
+    def record(preconditioners, gradients):
+        stacked.append(len(gradients))
+        return apply_in_stacks(preconditioners, gradients)
+
+    monkeypatch.setattr("skfac.curvature.stacks.faster_on", lambda device: True)
+    monkeypatch.setattr("skfac.client.apply.apply_in_stacks", record)
+    monkeypatch.setattr("skfac.client.apply._MOST_STACKED", most)
+
+    apply(layers, versions, trust="none")
+
+    assert stacked == [2 if most else 0]  # the last is too large, one has no version
+    for layer, direction in zip(layers, expected, strict=True):
+        torch.testing.assert_close(layer.gradient(), direction)

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skfac.client.store import Store, StoreState
+from skfac.client.checkpoint import StoreState
+from skfac.client.store import Store
 from skfac.curvature.inverse import DenseInverse, LowRankInverse
 from skfac.curvature.layer import LayerPreconditioner
 from skfac.wire.errors import (
@@ -79,6 +80,26 @@ def test_a_late_version_is_used_as_soon_as_it_is_there():
     assert used(store, 3) == [0, 0]
     assert store.counts["late"] == 2
     assert store.counts["vain_waits"] == 1
+
+
+def test_what_a_server_owes_is_not_held_though_another_has_newer_versions():
+    store = store_of(lag=2, on_late="wait")
+    other = store.link(1)
+    store.expect(3, [0, 0])
+    store.receive(0, [version(1, 3)])
+    assert store.held(0) == {1: 3}
+    store.expect(4, [1, 1])
+    other.receive(both(4))
+
+    assert store.held(0) == {0: 2, 1: 4}
+    assert other.held() == {0: 4, 1: 4}
+
+
+def test_a_server_that_owes_the_first_step_is_asked_for_all():
+    store = store_of()
+    store.expect(0)
+
+    assert store.held(0) == {}
 
 
 def test_only_the_newest_version_that_is_due_counts():

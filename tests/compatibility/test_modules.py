@@ -182,7 +182,7 @@ def test_a_layer_that_is_never_used_costs_nothing(caplog):
     expected = kfac(x, model["used"](x).detach())
     torch.testing.assert_close(as_matrix(found, "used"), expected, **CLOSE)
     assert {record.name for record in caplog.records} <= {
-        "skfac.service.local_engine",
+        "skfac.service.monitor",
         "skfac.client.store",
     }
 

@@ -92,7 +92,7 @@ def check_versions(
         assert_same_preconditioner(outcome.preconditioner, folded(spec, sent, layer)[1])
 
 
-def test_versions_are_those_of_the_formulas(target, spec):
+def test_versions_are_those_of_the_formulas(target, spec, request):
     sent = [snapshot(spec, step, **SETTINGS) for step in (0, 1, 5)]
     with trainer_of(target, spec) as trainer:
         for number, one in enumerate(sent):
@@ -100,6 +100,11 @@ def test_versions_are_those_of_the_formulas(target, spec):
             outcomes = trainer.outcomes(one.step)
             check_versions(spec, outcomes, sent[: number + 1])
             assert [o.updates for o in outcomes] == [number + 1] * len(MIXED)
+        counts = trainer.transport.counts()
+        ways = ("shared_sent_bytes", "shared_received_bytes")
+        shared = [name for name in ways if counts.get(name)]
+        way = request.node.callspec.params["target"]
+        assert len(shared) == (2 if way in {"tcp", "unix"} else 0)
 
 
 def test_histories_move_to_another_session(target, spec):
@@ -248,7 +253,8 @@ def test_what_a_lost_server_owes_is_sent_again(place, spec):
     spec = replace(spec, history="snapshot", lag=2)
     with trainer_of(place.target, spec) as trainer:
         trainer.push(snapshot(spec, 0, **SETTINGS))
-        check_versions(spec, trainer.outcomes(0), [snapshot(spec, 0, **SETTINGS)])
+        solved = trainer.outcomes(0)
+        check_versions(spec, solved, [snapshot(spec, 0, **SETTINGS)])
         place.crash()
         trainer.wait_for_link(up=False)
         began_s = time.monotonic()
@@ -256,6 +262,10 @@ def test_what_a_lost_server_owes_is_sent_again(place, spec):
         trainer.push(*late)
         assert trainer.transport.export_state(0.1) is None
         assert time.monotonic() - began_s < 1  # nobody waits for what is not there
+        # Its layers have moved meanwhile: another server has solved a newer step.
+        other = trainer.store.link(1)
+        trainer.store.expect(3, [1] * len(spec.layers))
+        assert other.receive([replace(outcome, step=3) for outcome in solved]) == [3]
         place.restart()
         for one in late:
             check_versions(spec, trainer.outcomes(one.step), [one])

@@ -1,7 +1,10 @@
 """Servers that die, hang or come back, and trainers that are interrupted."""
 
+import ctypes
 import math
+import platform
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -172,6 +175,17 @@ def test_a_refusal_at_the_start_is_raised(monkeypatch):
         assert not [t for t in threading.enumerate() if t.name == "skfac-link"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's threads")
+def test_a_signal_stops_a_server_whichever_thread_gets_it():
+    with ServerProcess() as server:
+        pid = server.process.pid
+        other = max(thread.id for thread in psutil.Process(pid).threads())
+        assert other != pid
+        tgkill = 234 if platform.machine() == "x86_64" else 131
+        assert ctypes.CDLL(None).syscall(tgkill, pid, other, signal.SIGTERM) == 0
+        assert server.process.wait(LONG_S) == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopping_server_solves_what_it_took_and_leaves_nothing(number, tmp_path):
     socket = tmp_path / "skfac.sock"
@@ -238,5 +252,5 @@ def test_a_solver_that_fails_keeps_the_last_version(monkeypatch, caplog):
             lambda report: report["versions"].get("failed", 0) >= 8
         )
         assert None not in ages(report)
-    by_layer = [r for r in caplog.records if r.name == "skfac.service.local_engine"]
+    by_layer = [r for r in caplog.records if r.name == "skfac.service.monitor"]
     assert len(by_layer) == 4  # said once a layer, not every step

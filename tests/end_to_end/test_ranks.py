@@ -1,6 +1,7 @@
 """Several ranks of one job: the same versions at the same step on all of them."""
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -40,18 +41,28 @@ def digest(parameters: Tensor) -> str:
 
 
 def train(
-    rank: int, target: str, *, ddp: bool, dtype=torch.float32, **settings: Any
+    rank: int,
+    target: str,
+    *,
+    ddp: bool,
+    dtype=torch.float32,
+    before: Callable[[int], None] = lambda _: None,
+    **settings: Any,
 ) -> dict[str, Any]:
-    """Train as one of the ranks there are; alone if there is no group."""
+    """Train as one of the ranks there are; alone if there is no group.
+
+    `before` is called with each step before it begins.
+    """
     ranks = distributed.get_world_size() if distributed.is_initialized() else 1
     model = build(dtype)
     trained = DistributedDataParallel(model) if ddp else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
-    digests = []
+    digests, trajectory = [], []
     with Preconditioner(
         model, optimizer, target=target, **{**SETTINGS, **settings}
     ) as preconditioner:
         for step in range(STEPS):
+            before(step)
             inputs, labels = share_of_batch(step, rank, ranks, dtype)
             nn.functional.cross_entropy(trained(inputs), labels).backward()
             if ranks > 1 and not ddp:
@@ -62,13 +73,15 @@ def train(
             preconditioner.step()
             optimizer.step()
             optimizer.zero_grad()
-            digests.append(digest(flat_parameters(model)))
+            trajectory.append(flat_parameters(model))
+            digests.append(digest(trajectory[-1]))
         used = preconditioner._store.in_use
         versions = [v.preconditioner.tensors for v in used if v is not None]
         report = preconditioner.report()
     return {
         "digests": digests,
-        "parameters": flat_parameters(model),
+        "parameters": trajectory[-1],
+        "trajectory": trajectory,
         "versions": versions,
         "report": report,
     }
@@ -107,6 +120,30 @@ def test_more_ranks_with_the_same_batch_give_the_same_preconditioner(ranks):
             for a, b in zip(mine, others, strict=True):
                 # Vᵀ is unique up to a rotation; the projector is not.
                 torch.testing.assert_close(a.mT @ a, b.mT @ b, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_a_synchronous_run_does_not_depend_on_the_number_of_ranks(ranks):
+    # `lag=0`: the version of a step is made of the rows of that very step.
+    settings = {
+        "lag": 0,
+        "update_every": 1,
+        "on_late": "wait",
+        "apply": "gradient",
+        "wire_dtype": "float64",
+        "dtype": torch.float64,
+    }
+    alone = train(0, "embedded", ddp=False, **settings)
+    with ServerProcess() as server:
+        together = run_ranks(ranks, as_rank, server.address, False, settings)
+
+    assert alone["report"]["raw_gradients"] == 0
+    for rank in together:
+        assert rank["digests"] == together[0]["digests"]
+        assert rank["report"]["raw_gradients"] == 0
+        # Up to the order in which gradients are summed.
+        for mine, others in zip(rank["trajectory"], alone["trajectory"], strict=True):
+            torch.testing.assert_close(mine, others, rtol=1e-10, atol=1e-10)
 
 
 def refused(rank: int, target: str, settings: dict[str, Any]) -> str:

@@ -1,13 +1,9 @@
 """Layers spread over several servers, of which one is lost and comes back."""
 
-import socket
-
 import pytest
 import torch
 
 from skfac.client import ConfigurationError, Preconditioner
-from skfac.client.servers import targets_of
-from skfac.client.world import Alone
 from tests.support.models import backward, flat_parameters, sgd, small_cnn
 from tests.support.servers import LONG_S, ServerProcess
 
@@ -32,6 +28,11 @@ def train(target, *, steps: int = STEPS, on_late="wait", **settings):
             optimizer.step()
             optimizer.zero_grad()
         return flat_parameters(model), preconditioner.report()
+
+
+def owners(preconditioner: Preconditioner) -> list[int]:
+    """The number of each layer's server."""
+    return [server.number for server in preconditioner._servers._assigned]
 
 
 def test_two_servers_give_the_bits_of_one():
@@ -103,29 +104,14 @@ def test_the_layers_of_a_lost_server_move_and_return():
                 return ages == [1] * 4
 
             train_until(fresh)
-            homes = list(preconditioner._servers._assigned)
+            homes = owners(preconditioner)
             assert set(homes) == {0, 1}
             second.kill()
             train_until(lambda report: not report["connected"])
-            servers = preconditioner._servers
-            train_until(lambda r: fresh(r) and set(servers._assigned) == {0})
+            train_until(lambda r: fresh(r) and set(owners(preconditioner)) == {0})
             with ServerProcess(second.address):
                 train_until(lambda report: report["connected"])
-                train_until(lambda r: fresh(r) and servers._assigned == homes)
-
-
-def test_a_name_stands_for_all_of_its_addresses(monkeypatch):
-    def look_up(host, port, **_):
-        assert (host, port) == ("skfac", 50051)
-        found = ["127.0.0.3", "127.0.0.2", "127.0.0.3"]
-        return [(socket.AF_INET, None, 6, "", (a, port)) for a in found]
-
-    monkeypatch.setattr(socket, "getaddrinfo", look_up)
-
-    assert targets_of("dns:///skfac:50051", Alone()) == (
-        "127.0.0.2:50051",
-        "127.0.0.3:50051",
-    )
+                train_until(lambda r: fresh(r) and owners(preconditioner) == homes)
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,14 @@ def test_steps_are_timed(model):
             },
         ),
         ("scale", ("--short",), {"memory_ratio"}),
+        ("scaling", ("--short",), {"measured", "core", "gpu"}),
+        (
+            "scale",
+            ("--short", "--models", "gpt2", "--modes", "ranks", "--transport", "grpc"),
+            {"memory_ratio"},
+        ),
     ],
-    ids=["solver", "transport", "scale"],
+    ids=["solver", "transport", "scale", "scaling", "scale over gRPC"],
 )  # fmt: skip
 def test_the_others_run(name, options, keys):
     assert keys <= run(name, *options).keys()

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from skfac.service.config import EngineConfig, ServiceConfig, is_local
+from skfac.service.config import EngineConfig, ServiceConfig
+from skfac.wire.addresses import is_local
 
 LOCAL = [
     "127.0.0.1:50051",
@@ -17,6 +18,7 @@ LOCAL = [
     "unix:/run/skfac.sock",
     "unix:skfac.sock",
 ]
+TLS = {"tls_certificate": "c", "tls_key": "k"}
 REMOTE = [
     "0.0.0.0:50051",  # that it is refused is the point
     "[::]:50051",
@@ -59,13 +61,25 @@ def test_defaults():
         "max_layers": 4096,
         "max_snapshot_bytes": 4 * 1024**3,
         "max_session_bytes": 8 * 1024**3,
+        "max_waiting": 1_000_000,
         "max_history_bytes": 8 * 1024**3,
         "address": "127.0.0.1:50051",
         "metrics_address": "127.0.0.1:9464",
+        "status_page": True,
+        "state_dir": "",
+        "metrics_exemplars": False,
+        "tls_certificate": "",
+        "tls_key": "",
+        "tls_client_ca": "",
+        "access_file": "",
         "insecure_remote": False,
+        "insecure_metrics": False,
+        "health_address": "",
         "max_streams": 256,
+        "idle_s": 30.0,
         "grace_s": 5.0,
         "log_level": "info",
+        "log_format": "text",
     }
     assert EngineConfig().model_dump().items() <= config.model_dump().items()
 
@@ -192,10 +206,46 @@ def test_other_addresses_need_insecure_remote(name, value):
     assert not is_local(value)
     with pytest.raises(ValidationError, match=f"{name} .* set insecure_remote"):
         ServiceConfig.load(None, {name: value})
+    with pytest.raises(ValidationError, match=name):  # a list alone encrypts nothing
+        ServiceConfig.load(None, {name: value, "access_file": "a"})
+    with pytest.raises(ValidationError, match=name):  # TLS alone lets everybody in
+        ServiceConfig.load(None, {name: value, **TLS})
 
     allowed = ServiceConfig.load(None, {name: value, "insecure_remote": "true"})
 
     assert getattr(allowed, name) == value
+
+
+@pytest.mark.parametrize("known", ["access_file", "tls_client_ca"])
+def test_tls_and_a_way_to_know_callers_open_other_addresses(known):
+    config = ServiceConfig.load(None, {"address": "0.0.0.0:1", **TLS, known: "a"})
+
+    assert config.address == "0.0.0.0:1"
+    with pytest.raises(ValidationError, match=r"metrics_address .* insecure_metrics"):
+        ServiceConfig.load(None, {"metrics_address": "0.0.0.0:1", **TLS, known: "a"})
+
+
+def test_metrics_are_opened_on_their_own():
+    opened = {"metrics_address": "0.0.0.0:1", "insecure_metrics": "true"}
+
+    assert ServiceConfig.load(None, opened).metrics_address == "0.0.0.0:1"
+    with pytest.raises(ValidationError, match="address"):
+        ServiceConfig.load(None, {**opened, "address": "0.0.0.0:1"})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"tls_certificate": "a"}, "set both"),
+        ({"tls_key": "a"}, "set both"),
+        ({"tls_client_ca": "a"}, "needs tls_certificate"),
+        ({"health_address": "127.0.0.1"}, "health_address must end with a port"),
+        ({"log_format": "xml"}, "log_format"),
+    ],
+)
+def test_half_of_tls_is_refused(given, message):
+    with pytest.raises(ValidationError, match=message):
+        ServiceConfig.load(None, given)
 
 
 @pytest.mark.parametrize("name", ["address", "metrics_address"])

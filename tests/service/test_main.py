@@ -6,6 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from skfac.service.main import app
+from tests.support.authority import Authority, replace
 from tests.support.raw_client import RawClient, spec_of
 from tests.support.servers import serving
 
@@ -28,13 +29,21 @@ def test_status_shows_sessions_versions_and_latencies(server):
         "1/1",
         "inversion latency",
         "p99",
-        "layers of mnist",
+        "layers",
         "fc0",
         "fc1",
     ):
         assert text in result.output
     (row,) = [line.split() for line in result.output.splitlines() if " fc1 " in line]
-    assert row == ["fc1", "4", "4"]  # layer, version, rows
+    assert row == ["mnist", "fc1", "4", "4", "0"]  # version, rows, steps behind
+
+
+def test_top_is_shown_once_where_there_is_no_terminal(server):
+    result = runner.invoke(app, ["top", server.address])
+
+    assert result.exit_code == 0
+    assert "\x1b" not in result.output
+    assert [line for line in result.output.splitlines() if " fc1 " in line]
 
 
 def test_status_as_json_is_one_object(server):
@@ -47,10 +56,11 @@ def test_status_as_json_is_one_object(server):
     assert [layer["newest_step"] for layer in session["layers"]] == ["4", "4"]
 
 
-def test_status_without_a_server_says_who_does_not_answer():
+@pytest.mark.parametrize("command", ["status", "top"])
+def test_status_without_a_server_says_who_does_not_answer(command):
     with serving() as server:
         address = server.address
-    result = runner.invoke(app, ["status", address])
+    result = runner.invoke(app, [command, address])
 
     assert result.exit_code == 1
     assert f"No answer from {address}" in result.output
@@ -74,8 +84,46 @@ def test_a_wrong_setting_is_named(arguments, message):
     assert message in result.output
 
 
+def test_a_token_is_made_for_the_list_and_status_uses_it(tmp_path):
+    token = tmp_path / "mnist.token"
+    made = runner.invoke(app, ["token", "mnist-*", str(token)])
+    assert made.exit_code == 0
+    assert token.stat().st_mode & 0o777 == 0o600
+    secret = token.read_text().strip()
+    assert len(secret) >= 43  # 256 bits
+    assert secret not in made.output
+
+    ca = Authority(tmp_path)
+    replace(tmp_path / "access", made.output)
+    settings = {**ca.server(), "access_file": str(tmp_path / "access")}
+    with serving(**settings) as server:
+        arguments = ["status", server.address, "--root-ca", str(ca.file)]
+        shown = runner.invoke(app, [*arguments, "--token-file", str(token), "--json"])
+        assert json.loads(shown.output)["version"]
+        refused = runner.invoke(app, arguments)
+        assert refused.exit_code == 1
+        assert "This server wants a token" in refused.output
+        plain = runner.invoke(app, ["status", server.address])
+        assert "give credentials a root_ca" in plain.output
+
+    again = runner.invoke(app, ["token", "mnist-*", str(token)])
+    assert again.exit_code == 2
+    assert "File exists" in again.output
+    assert token.read_text().strip() == secret
+    wrong = runner.invoke(app, ["token", "two words", str(tmp_path / "x")])
+    assert wrong.exit_code == 2
+
+
+def test_a_server_without_its_files_says_which(tmp_path):
+    arguments = ["serve", "--set", f"access_file={tmp_path}/gone"]
+    result = runner.invoke(app, arguments)
+
+    assert result.exit_code == 2
+    assert "Cannot read" in result.output
+
+
 def test_help_teaches():
     serve = runner.invoke(app, ["serve", "--help"]).output
     for text in ("SIGTERM", "SKFAC_", "lease_s", "Example: skfac serve"):
         assert text in serve
-    assert "--watch" in runner.invoke(app, ["status", "--help"]).output
+    assert "--refresh" in runner.invoke(app, ["top", "--help"]).output

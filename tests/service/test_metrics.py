@@ -7,6 +7,7 @@ from prometheus_client import generate_latest
 
 from skfac.service.metrics import CLOSED_KEPT, Metrics
 from skfac.wire.errors import InvalidRequestError
+from skfac.wire.report import StepReport
 from tests.support.values import (
     Harness,
     layer_spec,
@@ -35,6 +36,28 @@ def test_nothing_is_counted_before_work():
     assert value(metrics, "skfac_queue_depth") == 0
     assert value(metrics, "skfac_receive_seconds_count") == 0
     assert value(metrics, "skfac_outcomes_total", session="job") is None
+
+
+def test_a_trainer_that_stalls_shows_between_its_snapshots(harness):
+    session_id, name = harness.open(PAIR), "skfac_snapshot_interval_seconds"
+
+    def intervals() -> tuple[float | None, float | None]:
+        found = (
+            value(harness.metrics, f"{name}_{part}", session="job")
+            for part in ("count", "sum")
+        )
+        return next(found), next(found)
+
+    harness.engine.submit(session_id, snapshot(PAIR, 1, 0))
+    harness.clock.now_s += 2.0
+    harness.engine.submit(session_id, snapshot(PAIR, 1, 1))
+    assert intervals() == (None, None)  # each rank's first
+    harness.clock.now_s += 5.0
+    harness.engine.submit(session_id, snapshot(PAIR, 2, 0))
+    harness.engine.submit(session_id, snapshot(PAIR, 2, 0))  # again: no news
+    assert intervals() == (1, 7.0)
+    harness.engine.submit(session_id, snapshot(PAIR, 2, 1))
+    assert intervals() == (2, 12.0)
 
 
 def test_two_engines_count_apart():
@@ -76,7 +99,7 @@ def test_refusals_are_counted_by_status(harness):
 
     labels = {"session": "job", "status": "INVALID_ARGUMENT"}
     assert value(harness.metrics, "skfac_refused_total", **labels) == 2
-    assert value(harness.metrics, "skfac_received_bytes_total", session="job") is None
+    assert value(harness.metrics, "skfac_received_bytes_total", session="job") == 0
 
 
 def test_losses_are_counted_by_reason(harness):
@@ -174,10 +197,14 @@ def test_the_rows_of_inverses_are_counted(harness):
     harness.solve(session_id, snapshot(spec, 0, count=5))
     harness.solve(session_id, snapshot(spec, 1, count=2))
 
-    for side, rows in (("activations", 5 + 2), ("derivatives", 3 + 2)):
-        labels = {"session": "job", "side": side}
+    for side, method, count, rows in (
+        ("activations", "low_rank", 2, 5 + 2),
+        ("derivatives", "dense", 1, 3),
+        ("derivatives", "low_rank", 1, 2),
+    ):
+        labels = {"session": "job", "side": side, "method": method}
         assert value(harness.metrics, "skfac_inverse_rank_sum", **labels) == rows
-        assert value(harness.metrics, "skfac_inverse_rank_count", **labels) == 2
+        assert value(harness.metrics, "skfac_inverse_rank_count", **labels) == count
 
 
 def test_other_sessions_keep_their_series(harness):
@@ -189,3 +216,70 @@ def test_other_sessions_keep_their_series(harness):
 
     labels = {"session": "other", "outcome": "solved"}
     assert value(harness.metrics, "skfac_outcomes_total", **labels) == 1
+
+
+def test_what_a_rank_says_of_its_steps_is_counted_once(harness):
+    spec = session_spec()
+    session_id, metrics = harness.open(spec), harness.metrics
+    report = StepReport((0, 3, 4), late=2, stale=1, raw=5, end_to_end_s=(0.5, 0.25))
+    sent = replace(snapshot(spec, 7), report=report)
+    harness.solve(session_id, sent)
+
+    assert not harness.engine.submit(session_id, sent)
+
+    job = {"session": "job"}
+    assert value(metrics, "skfac_staleness_steps_count", **job) == 3
+    assert value(metrics, "skfac_staleness_steps_sum", **job) == 7
+    assert value(metrics, "skfac_end_to_end_seconds_sum", **job) == 0.75
+    assert value(metrics, "skfac_late_total", **job) == 2
+    assert value(metrics, "skfac_stale_total", **job) == 1
+    assert value(metrics, "skfac_raw_gradients_total", **job) == 5
+
+
+def test_rows_ranks_and_conditions_are_counted(harness):
+    session_id, metrics = harness.open(PAIR), harness.metrics
+    sent = [snapshot(PAIR, 1, rank) for rank in range(2)]
+    harness.solve(session_id, *sent)
+
+    job = {"session": "job"}
+    assert value(metrics, "skfac_version_rows_sum", **job) == 2 * 8
+    assert value(metrics, "skfac_version_ranks_sum", **job) == 2 * 2
+    for side in ("activations", "derivatives"):
+        labels = {**job, "side": side}
+        count = value(metrics, "skfac_condition_count", **labels)
+        total = value(metrics, "skfac_condition_sum", **labels)
+        assert count == 2
+        assert total is not None
+        assert 2 * 1 < total < 1e4
+
+
+def test_series_are_bounded_when_sessions_come_and_go():
+    metrics, most = Metrics(), 0
+    for number in range(1000):
+        job = f"job {number}"
+        metrics.open_session(job)
+        metrics.observe("solve", job, 0.1)
+        metrics.observe_report(job, StepReport((1,), 1, 1, 1, (0.1,)))
+        metrics.close_session(job)
+        metrics.observe_sent(f"job {number // 2}", 1)  # a stream that ends late
+        metrics.observe_publish(f"job {number // 2}", 1.0)
+        if number in (499, 999):
+            names = generate_latest(metrics.registry).decode()
+            most, before = names.count('session="'), most
+
+    assert most == before
+    assert 'session="job 934"' not in names
+    assert 'session="job 936"' in names
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_exemplars_are_off_by_default(on):
+    from prometheus_client.openmetrics.exposition import generate_latest as openmetrics
+
+    with Harness() as harness:
+        harness.metrics._exemplars = harness.metrics._exemplars or on
+        spec = session_spec(layer_spec("x" * 1000))
+        harness.solve(harness.open(spec), snapshot(spec, 7))
+        text = openmetrics(harness.metrics.registry).decode()
+
+    assert ('step="7"' in text) is on

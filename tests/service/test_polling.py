@@ -6,6 +6,7 @@ import pytest
 
 from skfac.service.polling import PolledSubscriptions
 from skfac.wire.errors import LimitExceededError, SessionNotFoundError
+from skfac.wire.outcome import Outcome
 from tests.support.values import PATIENCE_S, Harness, keys, session_spec, snapshot
 
 IDLE_S = 10.0
@@ -27,20 +28,23 @@ def polled_of(harness, limit=2) -> PolledSubscriptions:
 def test_outcomes_come_once_with_the_name_of_the_job(harness):
     polled, session_id = polled_of(harness), harness.open(SPEC)
     name = polled.open(session_id, {})
+    opened_s = harness.clock()
+    harness.clock.now_s += 2.0
     harness.engine.submit(session_id, snapshot(SPEC, 4))
 
-    job, outcomes = polled.take(name, PATIENCE_S)
+    job, published_s, outcomes = polled.take(name, PATIENCE_S)
 
     assert (job, keys(outcomes)) == (SPEC.job, [(0, 4)])
-    assert polled.take(name, 0.0) == (SPEC.job, [])
+    assert published_s == opened_s + 2.0
+    assert polled.take(name, 0.0)[2] == []
 
 
 def test_what_is_held_is_not_sent(harness):
     polled, session_id = polled_of(harness), harness.open(SPEC)
     harness.solve(session_id, snapshot(SPEC, 4))
 
-    assert polled.take(polled.open(session_id, {0: 4}), 0.0)[1] == []
-    assert keys(polled.take(polled.open(session_id, {0: 3}), 0.0)[1]) == [(0, 4)]
+    assert polled.take(polled.open(session_id, {0: 4}), 0.0)[2] == []
+    assert keys(polled.take(polled.open(session_id, {0: 3}), 0.0)[2]) == [(0, 4)]
 
 
 def test_one_that_nobody_takes_from_lets_its_session_go(harness):
@@ -65,7 +69,7 @@ def test_one_that_nobody_takes_from_lets_its_session_go(harness):
 def test_one_that_is_taken_from_is_not_idle(harness):
     polled, session_id = polled_of(harness), harness.open(SPEC)
     name = polled.open(session_id, {})
-    taken: list[object] = []
+    taken: list[tuple[str, float, list[Outcome]]] = []
     taker = threading.Thread(target=lambda: taken.append(polled.take(name, PATIENCE_S)))
     taker.start()
     while not polled._polled[name].taking:
@@ -75,7 +79,8 @@ def test_one_that_is_taken_from_is_not_idle(harness):
     polled.close(name)
     taker.join()
 
-    assert taken == [(SPEC.job, [])]
+    ((job, _, outcomes),) = taken
+    assert (job, outcomes) == (SPEC.job, [])
 
 
 def test_there_is_a_limit(harness):

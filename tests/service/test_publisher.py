@@ -14,8 +14,8 @@ PAIR = session_spec(layer_spec("a"), layer_spec("b"), lag=3)
 
 def publisher_of(*published: Outcome, spec: SessionSpec = PAIR) -> Publisher:
     publisher = Publisher(spec)
-    for outcome in published:
-        publisher.publish(outcome)
+    for number, outcome in enumerate(published):
+        publisher.publish(outcome, now_s=100.0 + number)
     return publisher
 
 
@@ -24,7 +24,7 @@ def test_nothing_was_published():
 
     assert publisher.position == 0
     assert publisher.after(0, {}) == []
-    assert publisher.newest_version(1) is None
+    assert publisher.newest_versions() == {}
 
 
 def test_outcomes_come_in_the_order_they_were_published():
@@ -83,7 +83,7 @@ def test_the_newest_version_is_not_a_loss():
 
     publisher = publisher_of(version(0, 0), newest, loss(2, 0), version(5, 1))
 
-    assert publisher.newest_version(0) is newest
+    assert publisher.newest_versions()[0] is newest
 
 
 def test_losses_do_not_hide_that_a_version_was_solved():
@@ -91,4 +91,4 @@ def test_losses_do_not_hide_that_a_version_was_solved():
 
     publisher = publisher_of(newest, *(loss(step) for step in range(1, 9)))
 
-    assert publisher.newest_version(0) is newest
+    assert publisher.newest_versions()[0] is newest

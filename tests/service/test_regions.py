@@ -17,7 +17,8 @@ from skfac.wire import shared_memory
 from skfac.wire.channel import SERVICE
 from skfac.wire.codec import build_outcomes, decode_outcomes_manifest
 from skfac.wire.errors import InvalidRequestError
-from skfac.wire.frames import PayloadBuffer, decode_frame, encode_region
+from skfac.wire.frames import decode_frame, encode_region
+from skfac.wire.payload import PayloadBuffer
 from skfac.wire.shared_memory import Area
 from skfac.wire.state_codec import _decode_moment
 from tests.support.raw_client import TIMEOUT_S, RawClient, snapshot_of, spec_of
@@ -184,7 +185,7 @@ def test_a_huge_tensor_takes_no_memory(client, push):
         request.manifest.layers[0].activations,
         request.manifest.layers[0].derivatives,
     ):
-        header.shape[0] = 2**60
+        header.shape[0] = 2**50
 
     answer = push.ask(request.SerializeToString())
 
@@ -234,7 +235,7 @@ def test_a_file_that_is_cut_costs_its_snapshot_only(client):
         {"down_nbytes": 4_000_001},
         {"up_nbytes": 2**64 - 1},
     ],
-    ids=str,
+    ids=["path", "other", "own", "missing", "empty", "token", "up", "down", "huge"],
 )
 def test_an_offer_that_does_not_fit_is_declined(client, push, fields):
     assert not push.offer(**fields)

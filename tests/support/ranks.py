@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed
-from torch.multiprocessing.spawn import spawn
+from torch import distributed, multiprocessing
+from torch.multiprocessing.spawn import start_processes
 
 Body = Callable[..., Any]
 
@@ -19,8 +19,11 @@ def run_ranks(world_size: int, body: Body, *arguments: Any) -> list[Any]:
     `body` must be importable by name. A rank that raises fails the call, with its
     traceback.
     """
+    # Forks of a process that has done nothing but import: that takes seconds a rank.
+    multiprocessing.set_forkserver_preload(["torch", "skfac.client", __name__])
     with tempfile.TemporaryDirectory() as folder:
-        spawn(_run, (world_size, folder, body, arguments), world_size, join=True)
+        rest = (world_size, folder, body, arguments)
+        start_processes(_run, rest, world_size, start_method="forkserver")
         paths = [Path(folder) / f"{rank}.pt" for rank in range(world_size)]
         return [torch.load(path, weights_only=False) for path in paths]
 

@@ -1,21 +1,21 @@
 """A client that can do what ours never does: send anything, in any order."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, islice
 from typing import Any
 
 import grpc
 
 from skfac.v1 import preconditioning_pb2 as pb
 from skfac.v1 import preconditioning_pb2_grpc as rpc
-from skfac.wire.channel import CLIENT_OPTIONS, SERVICE
+from skfac.wire.channel import SERVICE
 from skfac.wire.codec import (
-    build_outcomes,
-    decode_outcomes_manifest,
     encode_session,
     encode_snapshot,
 )
-from skfac.wire.frames import PayloadBuffer, decode_frame
+from skfac.wire.credentials import Credentials, open_channel
 from skfac.wire.outcome import Outcome, Version
+from skfac.wire.outcome_stream import outcomes_of
 from skfac.wire.session import SessionSpec
 from skfac.wire.snapshot import Snapshot
 from skfac.wire.state import SessionState
@@ -45,9 +45,15 @@ def snapshot_of(
 class RawClient:
     """One rank's session, its pushes and the outcomes, all by hand."""
 
-    def __init__(self, address: str, spec: SessionSpec, rank: int = 0) -> None:
+    def __init__(
+        self,
+        address: str,
+        spec: SessionSpec,
+        rank: int = 0,
+        credentials: Credentials | None = None,
+    ) -> None:
         self.spec, self.rank = spec, rank
-        self.channel = grpc.insecure_channel(address, CLIENT_OPTIONS)
+        self.channel = open_channel(address, credentials)
         self.stub = rpc.PreconditioningServiceStub(self.channel)
         request = pb.OpenSessionRequest(spec=encode_session(spec), rank=rank)
         self.grant = self.stub.OpenSession(request, timeout=TIMEOUT_S)
@@ -75,6 +81,13 @@ class RawClient:
         self, count: int, held: Mapping[int, int] | None = None
     ) -> list[Outcome]:
         """Receive that many outcomes."""
+        stream = self.subscribe(held)
+        received = list(islice(decoded(stream), count))
+        stream.cancel()
+        return received
+
+    def subscribe(self, held: Mapping[int, int] | None = None) -> Any:
+        """Open a stream of frames of outcomes; `decoded` reads it."""
         request = pb.StreamPreconditionersRequest(
             session_id=self.grant.session_id,
             held=[
@@ -87,14 +100,7 @@ class RawClient:
             f"/{SERVICE}/StreamPreconditioners",
             pb.StreamPreconditionersRequest.SerializeToString,
         )
-        stream = call(request, timeout=TIMEOUT_S)
-        received: list[Outcome] = []
-        for outcome in decoded(stream):
-            received.append(outcome)
-            if len(received) == count:
-                break
-        stream.cancel()
-        return received
+        return call(request, timeout=TIMEOUT_S)
 
     def export_state(self) -> SessionState:
         """The session's histories, with every frame of them checked."""
@@ -124,7 +130,7 @@ class RawClient:
         call(iter(frames), timeout=TIMEOUT_S)
 
     def versions_of(self, step: int, **settings: Any) -> list[Version]:
-        """Push a good snapshot and return the version of each layer."""
+        """Push a good snapshot; return the versions, of the layers that have one."""
         sent = snapshot_of(self.spec, step, **settings)
         (answer,) = self.push(*self.frames(sent))
         assert not answer.HasField("refusal"), answer
@@ -136,11 +142,4 @@ class RawClient:
 
 def decoded(frames: Iterable[bytes]) -> Iterator[Outcome]:
     """Read outcomes from a stream of frames."""
-    for data in frames:
-        frame = decode_frame(data)
-        if frame.manifest is not None:
-            message, headers = decode_outcomes_manifest(frame.manifest)
-            buffer = PayloadBuffer(headers)
-        buffer.write(frame.payload)
-        if buffer.complete:
-            yield from build_outcomes(message, buffer.tensors())
+    return chain.from_iterable(outcomes_of(frames))

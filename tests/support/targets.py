@@ -4,11 +4,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.support.cluster import crash
 from tests.support.servers import ServerProcess
 
-LIMITS = {"max_layers": 6, "max_snapshot_bytes": 100_000}
+LIMITS: dict[str, Any] = {"max_layers": 6, "max_snapshot_bytes": 100_000}
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,10 +30,12 @@ class Place:
 @contextmanager
 def grpc_place(address: str) -> Iterator[Place]:
     """A server in a process of its own."""
-    running = [ServerProcess(address, **LIMITS)]
+    running = [ServerProcess(address, **LIMITS)]  # type: ignore[arg-type]
 
     def restart() -> None:
-        running.append(ServerProcess(running[0].address, **LIMITS))
+        running.append(
+            ServerProcess(running[0].address, **LIMITS)  # type: ignore[arg-type]
+        )
 
     try:
         yield Place(running[0].address, lambda: running[-1].kill(), restart)
@@ -42,11 +45,11 @@ def grpc_place(address: str) -> Iterator[Place]:
 
 @contextmanager
 def ray_place() -> Iterator[Place]:
-    """An actor of Ray; needs a cluster."""
+    """One of two actors of Ray; needs a cluster."""
     from skfac.service.ray import start_pool
 
-    with start_pool(name="contract", num_cpus=0, settings=LIMITS) as pool:
-        yield Place(pool.target, lambda: crash(pool.actors[0]), lambda: None)
+    with start_pool(2, name="contract", num_cpus=0, settings=LIMITS) as pool:
+        yield Place(pool.targets[0], lambda: crash(pool.actors[0]), lambda: None)
 
 
 def unix_address(folder: Path) -> str:

@@ -26,9 +26,10 @@ from skfac.wire.codec import (
     parse_snapshot_manifest,
 )
 from skfac.wire.errors import InvalidRequestError
-from skfac.wire.frames import MAX_FRAME_BYTES, PayloadBuffer, decode_frame
+from skfac.wire.frames import MAX_FRAME_BYTES, decode_frame
 from skfac.wire.outcome import Loss, LossReason, Outcome, Version
-from skfac.wire.session import MAX_EXTENT, MAX_IN_FLIGHT, LayerSpec
+from skfac.wire.payload import PayloadBuffer
+from skfac.wire.session import MAX_EXTENT, MAX_IN_FLIGHT, MAX_WORLD_SIZE, LayerSpec
 from skfac.wire.snapshot import LayerRows, Snapshot, TensorHeader
 from tests.support.dense import normal
 from tests.support.values import (
@@ -68,7 +69,7 @@ SESSIONS = st.builds(
     st.lists(LAYER, min_size=1, max_size=4, unique_by=lambda layer: layer.name),
     job=TEXT,
     instance=TEXT,
-    world_size=UINT32,
+    world_size=st.integers(1, MAX_WORLD_SIZE),
     damping_split=st.sampled_from(["pi", "equal"]),
     history=st.sampled_from(["snapshot", "window", "ema"]),
     update_every=UINT32,

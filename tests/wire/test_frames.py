@@ -15,11 +15,11 @@ from skfac.wire.errors import InvalidRequestError, LimitExceededError
 from skfac.wire.frames import (
     MAX_FRAME_BYTES,
     Frame,
-    PayloadBuffer,
     decode_frame,
     encode_frames,
     payload_nbytes,
 )
+from skfac.wire.payload import PayloadBuffer
 from skfac.wire.snapshot import TensorHeader
 from tests.support.dense import normal
 from tests.support.values import same_bits

@@ -9,7 +9,7 @@ from skfac.wire import channel, codec, messages, state_codec
 SOURCE = Path(__file__).parent.parent.parent / "proto/skfac/v1/preconditioning.proto"
 FIELD = re.compile(r"^ +(repeated |optional )?[\w.]+ \w+ = \d+;")
 MAPS = {
-    pb.DType: messages.DTYPES,
+    pb.Dtype: messages.DTYPES,
     pb.History: messages.HISTORIES,
     pb.DampingSplit: codec._SPLITS,
     pb.OnLate: codec._ON_LATE,

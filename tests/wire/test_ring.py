@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skfac.wire import shared_memory
-from skfac.wire.frames import PayloadBuffer
+from skfac.wire.payload import PayloadBuffer
 from skfac.wire.ring import Placement, Ring
 from skfac.wire.shared_memory import OwnRegion, open_region
 from skfac.wire.snapshot import TensorHeader

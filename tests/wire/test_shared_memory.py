@@ -15,7 +15,7 @@ import torch
 from skfac.v1 import preconditioning_pb2 as pb
 from skfac.wire import shared_memory
 from skfac.wire.errors import InvalidRequestError
-from skfac.wire.frames import PayloadBuffer
+from skfac.wire.payload import PayloadBuffer
 from skfac.wire.shared_memory import Area, MappedArea, OwnRegion, open_region
 from skfac.wire.snapshot import TensorHeader
 from tests.support.dense import normal

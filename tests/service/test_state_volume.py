@@ -1,0 +1,134 @@
+"""Histories outlive a restart of their server on a volume, or it is said why not."""
+
+import os
+import signal
+from contextlib import closing
+
+import pytest
+
+from skfac.service.metrics import Metrics
+from skfac.service.state_volume import StateVolume
+from tests.support.raw_client import RawClient, snapshot_of, spec_of
+from tests.support.servers import ServerProcess, serving
+from tests.support.values import assert_same_history, folded
+
+pytestmark = pytest.mark.timeout(240)  # processes; a busy machine
+
+SETTINGS = {"decay": 0.7, "window": 3, "rank_cap": 4}
+SPEC = spec_of("job", history="ema")
+
+
+def count(metrics: Metrics, result: str) -> float:
+    sample = metrics.registry.get_sample_value
+    return sample("skfac_state_files_total", {"result": result}) or 0.0
+
+
+def filled(directory) -> None:
+    """A server that ran for three steps and was stopped."""
+    with (
+        serving(state_dir=str(directory)) as server,
+        RawClient(server.address, SPEC) as client,
+    ):
+        for step in range(3):
+            client.versions_of(step, **SETTINGS)
+        server.close()
+    assert server.unsaved == 0
+
+
+@pytest.mark.parametrize("history", ["window", "ema"])
+def test_a_restarted_server_goes_on(tmp_path, history):
+    spec = spec_of("job", history=history)
+    with (
+        ServerProcess(state_dir=tmp_path) as server,
+        RawClient(server.address, spec) as client,
+    ):
+        for step in range(3):
+            client.versions_of(step, **SETTINGS)
+        code, _ = server.interrupt(signal.SIGTERM)
+    assert code == 0
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+    with (
+        ServerProcess(state_dir=tmp_path) as server,
+        RawClient(server.address, spec) as client,
+    ):
+        assert not list(tmp_path.glob("*.safetensors"))  # the session has it
+        client.versions_of(3, **SETTINGS)
+        state = client.export_state()
+    sent = [snapshot_of(spec, step, **SETTINGS) for step in range(4)]
+    for layer, found in enumerate(state.layers):
+        assert_same_history(found.history, folded(spec, sent, layer)[0])
+
+
+def test_sessions_that_have_ended_leave_no_file(tmp_path):
+    with (
+        serving(state_dir=str(tmp_path)) as server,
+        RawClient(server.address, SPEC) as client,
+    ):
+        client.versions_of(0, **SETTINGS)
+        server._engine.close_session(client.grant.session_id, 0)
+
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+@pytest.mark.parametrize("change", [{"instance": "other"}, {"lag": 2}])
+def test_another_run_does_not_get_them(tmp_path, caplog, change):
+    filled(tmp_path)
+    metrics = Metrics()
+    other = spec_of("job", **{"history": "ema", **change})
+
+    with closing(StateVolume(tmp_path, 60.0, metrics)) as volume:
+        assert volume.claim(other).layers == ()
+    assert "are dropped" in caplog.text
+    assert count(metrics, "mismatched") == 1
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_nobody_has_them_after_a_lease(tmp_path):
+    filled(tmp_path)
+    now_s, metrics = [0.0], Metrics()
+    with closing(StateVolume(tmp_path, 60.0, metrics, lambda: now_s[0])) as volume:
+        now_s[0] = 61.0
+        assert volume.claim(SPEC).layers == ()
+    assert count(metrics, "expired") == 1
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_damaged_file_is_dropped_by_name(tmp_path, caplog):
+    filled(tmp_path)
+    (path,) = tmp_path.glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-9])
+    metrics = Metrics()
+
+    with closing(StateVolume(tmp_path, 60.0, metrics)) as volume:
+        assert volume.claim(SPEC).layers == ()
+    assert str(path) in caplog.text
+    assert count(metrics, "unreadable") == 1
+
+
+def test_a_directory_that_cannot_be_used_is_said_at_the_start(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="Cannot write to state_dir"):
+        serving(state_dir=str(tmp_path / "file")).__enter__()
+    with (
+        serving(state_dir=str(tmp_path)),
+        pytest.raises(OSError, match="Another server uses state_dir"),
+    ):
+        serving(state_dir=str(tmp_path)).__enter__()
+
+
+def test_a_full_disk_costs_the_histories_and_says_so(tmp_path, monkeypatch, caplog):
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with (
+        serving(state_dir=str(tmp_path)) as server,
+        RawClient(server.address, SPEC) as client,
+    ):
+        client.versions_of(0, **SETTINGS)
+        monkeypatch.setattr(os, "fsync", full)
+        server.close()
+
+    assert server.unsaved == 1
+    assert "No space left on device" in caplog.text
+    assert count(server.metrics, "failed") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
