@@ -43,7 +43,7 @@ def apply(layers, versions, *, kl_clip=1e9, trust="kl") -> Apply:
     """One step of `Apply`, everything in gradient space."""
     config = PreconditionerConfig(apply="gradient")
     rows = RowSpace(layers, config, lambda *_: None)
-    done = Apply(layers, ReadyVersions(len(layers)), rows)
+    done = Apply(layers, ReadyVersions(layers), rows)
     done(versions, trust=trust, kl_clip=kl_clip)
     return done
 
@@ -145,7 +145,7 @@ def test_a_new_version_replaces_the_old_one():
     model = model_with_gradients()
     layers = layers_of(model)
     rows = RowSpace(layers, PreconditionerConfig(), lambda *_: None)
-    step, results = Apply(layers, ReadyVersions(2), rows), []
+    step, results = Apply(layers, ReadyVersions(layers), rows), []
     for _ in range(2):
         start = [torch.ones_like(parameter) for parameter in model.parameters()]
         for parameter, gradient in zip(model.parameters(), start, strict=True):

@@ -341,7 +341,7 @@ def test_it_closes_itself_and_takes_no_more_steps():
 
 def test_what_the_engine_refuses_leaves_nothing(monkeypatch):
     small = EngineConfig(max_layers=1)
-    monkeypatch.setattr("skfac.client.embedded.EngineConfig", lambda: small)
+    monkeypatch.setattr("skfac.client.embedded.EngineConfig", lambda **_: small)
     model = small_cnn()
     before = set(threading.enumerate())
 

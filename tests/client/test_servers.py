@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -78,16 +77,16 @@ class Rank:
         spec = session_spec(*layers, lag=0, world_size=len(table.given))
         self.store = Store(spec)
         self.transports: list[FakeTransport] = []
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("skfac.client.servers.connect", self.connect)
-            world: Any = Together(rank, table)
-            self.servers = Servers(NAMES[:1], spec, world, self.store, StepLog())
+        world: Any = Together(rank, table)
+        self.servers = Servers(
+            NAMES[:1], spec, world, self.store, StepLog(), self.connect
+        )
         # A lookout that sees what a test says, when it says so.
         self.servers._lookout = SimpleNamespace(  # type: ignore[assignment]
             view=NAMES[:1], failures=0, close=lambda: None
         )
 
-    def connect(self, target, spec, rank, link, credentials) -> FakeTransport:
+    def connect(self, target, *, link) -> Any:
         self.transports.append(FakeTransport(target, link))
         return self.transports[-1]
 
@@ -112,13 +111,7 @@ subsets = st.sets(st.sampled_from(NAMES)).map(lambda s: tuple(sorted(s)))
 def test_one_map_on_all_ranks_of_servers_that_all_have_found(data, ranks):
     table = Table(ranks)
     each = [Rank(rank, table) for rank in range(ranks)]
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(ranks) as pool:
-        patch.setattr(
-            "skfac.client.servers.connect",
-            lambda target, spec, rank, link, _: each[rank].connect(
-                target, spec, rank, link, _
-            ),
-        )
+    with ThreadPoolExecutor(ranks) as pool:
         used = set(NAMES[:1])
         for step in range(data.draw(st.integers(1, 6))):
             views = [data.draw(subsets.filter(bool)) for _ in each]
@@ -142,18 +135,16 @@ def test_one_map_on_all_ranks_of_servers_that_all_have_found(data, ranks):
 
 def test_a_server_that_left_is_kept_until_it_owes_nothing():
     rank = Rank(0, Table(1))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("skfac.client.servers.connect", rank.connect)
-        rank.see(NAMES[:1], NAMES[:1])
-        rank.push(0)
-        rank.see(NAMES[1:2], NAMES[:1])
-        rank.push(1)  # the first is still there and owes step 0
-        first = rank.transports[0]
-        assert not first.closed.is_set()
-        assert [t.target for t in rank.transports] == list(NAMES[:2])
-        first.link.set_link(up=False)  # and now it will never send it
-        assert rank.store.counts["gone"] == LAYERS
-        rank.push(2)
+    rank.see(NAMES[:1], NAMES[:1])
+    rank.push(0)
+    rank.see(NAMES[1:2], NAMES[:1])
+    rank.push(1)  # the first is still there and owes step 0
+    first = rank.transports[0]
+    assert not first.closed.is_set()
+    assert [t.target for t in rank.transports] == list(NAMES[:2])
+    first.link.set_link(up=False)  # and now it will never send it
+    assert rank.store.counts["gone"] == LAYERS
+    rank.push(2)
 
     assert first.closed.wait(TIMEOUT_S)
     assert rank.servers.counts() == {"connects": 2}

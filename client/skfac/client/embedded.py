@@ -25,13 +25,16 @@ _LOOK_AROUND_S = 60.0  # the subscription wakes by itself; this bounds a lost wa
 class EmbeddedTransport:
     """A `Transport` without a network: one thread sends and one receives.
 
+    The engine inverts on the device of the model; a GPU does so on a stream of its own.
+
     Raises:
         ServiceError: If the session is over a limit of the engine.
     """
 
-    def __init__(self, spec: SessionSpec, link: Link) -> None:
+    def __init__(self, spec: SessionSpec, link: Link, device: torch.device) -> None:
         self._link = link
-        self._engine = LocalEngine(EngineConfig())
+        where = str(device) if device.type == "cuda" else "cpu"
+        self._engine = LocalEngine(EngineConfig(device=where))
         try:
             self._session_id = self._engine.open_session(spec, rank=0).session_id
         except ServiceError:

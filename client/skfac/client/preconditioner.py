@@ -3,6 +3,7 @@
 import atexit
 import logging
 import math
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -28,6 +29,7 @@ from skfac.client.shards import check_shards
 from skfac.client.step_log import StepLog
 from skfac.client.store import Store
 from skfac.client.targets import Names, Target
+from skfac.client.transport import connect
 from skfac.client.world import check_ranks, world_of
 from skfac.curvature.layer import LayerPreconditioner
 from skfac.wire.errors import (
@@ -101,13 +103,18 @@ class Preconditioner:
         self._sampled = False
         self._closed = False
         log = StepLog()
-        self._store = Store(spec, len(targets))
+        self._ready = ReadyVersions(self._layers)
+        self._store = Store(spec, len(targets), self._ready.begin)
         self._due = DueVersions(self._store, config, world, len(self._layers), log)
-        self._ready = ReadyVersions(len(self._layers))
-        lookout = names, config.resolve_every_s
-        self._servers = Servers(
-            targets, spec, world, self._store, log, config.credentials, lookout
+        reach = partial(
+            connect,
+            spec=spec,
+            rank=world.rank,
+            credentials=config.credentials,
+            device=self._layers[0].weight.device,
         )
+        lookout = names, config.resolve_every_s
+        self._servers = Servers(targets, spec, world, self._store, log, reach, lookout)
         self._capture = Capture(self._layers, config, world.rank, self._servers.empty)
         self._capture.arm(0)
         # Its hooks come before those of the capture, which listens to the output that

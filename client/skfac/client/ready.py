@@ -1,22 +1,49 @@
 """Versions copied to where a model is, once for each version."""
 
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 
+from skfac.client.layers import TrackedLayer
 from skfac.curvature.layer import LayerPreconditioner
-from skfac.wire.outcome import Version
+from skfac.wire.outcome import Loss, Outcome, Version
+from skfac.wire.staging import DeviceCopy, Staging
 
 
 class ReadyVersions:
     """Keeps the latest version of each layer on the layer's device.
 
-    The copy has the wider dtype of version and gradient, in which all products run.
+    The copy has the wider dtype of version and gradient, in which all products run. It
+    is begun when a version arrives, so that no step waits for it.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, layers: Sequence[TrackedLayer]) -> None:
+        self._layers = layers
+        self._staging: dict[torch.device, Staging] = {}
+        # What no step has used yet; a version that nobody keeps any more leaves it.
+        self._begun: WeakKeyDictionary[Version, DeviceCopy] = WeakKeyDictionary()
         self._ready: list[tuple[Version, LayerPreconditioner] | None]
-        self._ready = [None] * count
+        self._ready = [None] * len(layers)
+
+    def begin(self, version: Version) -> Outcome:
+        """Start to copy a version that has arrived; called from any thread.
+
+        Returns:
+            The version; or a loss, if the device has no room for it.
+        """
+        layer = self._layers[version.layer]
+        device = layer.weight.device
+        if device.type == "cpu":
+            return version
+        tensors = version.preconditioner.tensors
+        try:
+            begun = self._staging_of(device).upload(tensors, layer.weight.dtype)
+        except torch.OutOfMemoryError as error:
+            text = f"{device} has no room for the inverse of {layer.name!r}: {error}"
+            return Loss(version.layer, version.step, "failed", text)
+        self._begun[version] = begun
+        return version
 
     def get(
         self,
@@ -42,15 +69,25 @@ class ReadyVersions:
             return None
         ready = self._ready[index]
         if ready is None or ready[0] is not version:
-            tensors = [
-                tensor.to(
-                    device, torch.promote_types(tensor.dtype, dtype), non_blocking=True
-                )
-                for tensor in version.preconditioner.tensors
-            ]
-            both = version.preconditioner
-            if any(a is not b for a, b in zip(tensors, both.tensors, strict=True)):
-                both = both.with_tensors(*tensors)
-            ready = version, both
-            self._ready[index] = ready
+            self._ready[index] = ready = version, self._copy(version, device, dtype)
         return ready[1]
+
+    def _copy(
+        self, version: Version, device: torch.device, dtype: torch.dtype
+    ) -> LayerPreconditioner:
+        both = version.preconditioner
+        begun = self._begun.pop(version, None)
+        here = list(both.tensors) if begun is None else begun.take()
+        tensors = [
+            tensor.to(device, torch.promote_types(tensor.dtype, dtype))
+            for tensor in here
+        ]
+        if all(a is b for a, b in zip(tensors, both.tensors, strict=True)):
+            return both
+        return both.with_tensors(*tensors)
+
+    def _staging_of(self, device: torch.device) -> Staging:
+        # Versions arrive on several threads: the dictionary keeps the first.
+        if device not in self._staging:
+            return self._staging.setdefault(device, Staging(device))
+        return self._staging[device]

@@ -6,23 +6,30 @@ import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from skfac.client.capture import PendingSnapshot
 from skfac.client.layer_map import LayerMap
+from skfac.client.link import Link
 from skfac.client.step_log import StepLog
 from skfac.client.store import Store
 from skfac.client.targets import Lookout, Names
-from skfac.client.transport import Transport, connect
+from skfac.client.transport import Transport
 from skfac.client.world import World
-from skfac.wire.credentials import Credentials
 from skfac.wire.session import SessionSpec
 from skfac.wire.state import LayerState, SessionState
 
 logger = logging.getLogger(__name__)
+
+
+class Connect(Protocol):
+    """Starts the transport of a target."""
+
+    def __call__(self, target: str, *, link: Link) -> Transport:
+        """Start it; `link` takes what it reports."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +59,7 @@ class Servers:
         world: World,
         store: Store,
         log: StepLog,
-        credentials: Credentials | None = None,
+        connect: Connect,
         lookout: tuple[Names, float] | None = None,
     ) -> None:
         self.targets = tuple(targets)
@@ -61,7 +68,7 @@ class Servers:
         self._world = world
         self._store = store
         self._log = log
-        self._credentials = credentials
+        self._connect = connect
         self._servers: list[_Server] = []
         self._leaving: list[_Server] = []
         self._past: Counter[str] = Counter()  # of servers that have left
@@ -222,9 +229,7 @@ class Servers:
     def _start(self, target: str) -> _Server:
         number, self._numbers = self._numbers, self._numbers + 1
         link = self._store.link(number, self._log)
-        transport = connect(
-            target, self._spec, self._world.rank, link, self._credentials
-        )
+        transport = self._connect(target, link=link)
         return _Server(number, target, transport)
 
     def _let_go(self) -> None:

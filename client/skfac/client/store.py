@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from skfac.client.checkpoint import StoreState
 from skfac.client.link import Link
@@ -44,8 +44,14 @@ class Store:
         waited_s: Time that steps spent waiting.
     """
 
-    def __init__(self, spec: SessionSpec, servers: int = 1) -> None:
+    def __init__(
+        self,
+        spec: SessionSpec,
+        servers: int = 1,
+        prepare: Callable[[Version], Outcome] = lambda version: version,
+    ) -> None:
         self._spec = spec
+        self._prepare = prepare  # in the transport's thread
         self._changed = threading.Condition()
         self._expected: dict[int, list[Outcome | None]] = {}
         self._in_use: list[Version | None] = [None] * len(spec.layers)
@@ -385,7 +391,7 @@ class Store:
         layer = self._spec.layers[outcome.layer]
         if is_usable(outcome.preconditioner, layer):
             self._identity(outcome)  # kept: here it costs the trainer's thread nothing
-            return outcome
+            return self._prepare(outcome)
         self.counts["corrupt"] += 1
         text = f"The server sent an unusable inverse of layer {layer.name!r}."
         return Loss(outcome.layer, outcome.step, "failed", text)

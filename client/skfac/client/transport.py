@@ -58,6 +58,7 @@ def connect(
     rank: int,
     link: Link,
     credentials: Credentials | None = None,
+    device: torch.device = torch.device("cpu"),  # noqa: B008  # immutable
 ) -> Transport:
     """Start the transport that a target needs.
 
@@ -67,6 +68,7 @@ def connect(
         rank: Of this process.
         link: Takes the outcomes.
         credentials: For a server.
+        device: Where the model is, and so the embedded engine.
 
     Returns:
         The running transport.
@@ -85,7 +87,7 @@ def connect(
         # The one place where the client needs the server's code.
         from skfac.client.embedded import EmbeddedTransport
 
-        return EmbeddedTransport(spec, link)
+        return EmbeddedTransport(spec, link, device)
     if by_ray:
         from skfac.client.ray_transport import RayTransport  # needs Ray
 

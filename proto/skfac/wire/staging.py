@@ -31,6 +31,28 @@ class HostCopy:
         return self._tensors
 
 
+@dataclass(frozen=True, eq=False)
+class DeviceCopy:
+    """Tensors on their way to the device."""
+
+    _tensors: list[Tensor]
+    _done: torch.cuda.Event | None
+
+    def take(self) -> list[Tensor]:
+        """Let the current stream wait for the tensors; the caller does not wait.
+
+        Returns:
+            Tensors on the device in the order they were given.
+        """
+        if self._done is not None:
+            stream = torch.cuda.current_stream(self._tensors[0].device)
+            stream.wait_event(self._done)
+            for tensor in self._tensors:
+                # Else the side stream could be given their memory while it is in use.
+                tensor.record_stream(stream)
+        return self._tensors
+
+
 class Staging:
     """Moves tensors between one device and host memory."""
 
@@ -60,6 +82,27 @@ class Staging:
         """
         return [tensor.to(self._device, non_blocking=True) for tensor in tensors]
 
+    def upload(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> DeviceCopy:
+        """Copy to the device on the side stream, through pinned memory.
+
+        Called from background threads: the copy to pinned memory is done here.
+
+        Args:
+            tensors: CPU tensors.
+            dtype: What the copies are to have, unless theirs is wider.
+
+        Returns:
+            The copies, for whichever stream will use them.
+        """
+        if self._stream is None:
+            return DeviceCopy([_widened(tensor, dtype) for tensor in tensors], None)
+        with torch.cuda.stream(self._stream):
+            pinned = [t if t.is_pinned() else t.pin_memory() for t in tensors]
+            copies = [_widened(copy, dtype) for copy in self.to_device(*pinned)]
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record(self._stream)
+        return DeviceCopy(copies, done)
+
     def to_host(self, tensors: Sequence[Tensor]) -> HostCopy:
         """Start to copy to pinned host memory, after the work queued so far.
 
@@ -77,6 +120,10 @@ class Staging:
             # Else the allocator could hand the memory out before it is copied.
             tensor.record_stream(self._stream)
         return HostCopy(copies, done)
+
+
+def _widened(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, dtype))
 
 
 def _pinned_copy(tensor: Tensor) -> Tensor:
