@@ -24,6 +24,11 @@ collect_ignore = [] if find_spec("selenium") else ["browser"]
 
 
 def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="there is no CUDA device here")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)
     # Some tests look for "the" cluster of Ray on this machine: one worker has them all.
     for item in items:
         params = item.callspec.id if hasattr(item, "callspec") else ""

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-TARGET = Path(__file__).parent.parent / "grafana" / "skfac.json"
+TARGET = Path(__file__).parent.parent / "helm/skfac/files/dashboard.json"
 
 _ONE = '{instance=~"$instance"}'
 _JOB = '{instance=~"$instance", session=~"$session"}'

@@ -210,13 +210,14 @@ def test_one_service_is_scraped_and_its_job_says_skfac():
     assert [e["port"] in ports for e in monitor["endpoints"]] == [True]
 
 
-def test_rules_and_dashboard_are_those_of_the_repository():
+def test_rules_and_dashboard_are_those_of_the_files():
     found = everything()
-    rules = yaml.safe_load((ROOT / "deploy/prometheus/rules.yaml").read_text())
+    rules = yaml.safe_load((ROOT / "deploy/helm/skfac/files/rules.yaml").read_text())
+    board = (ROOT / "deploy/helm/skfac/files/dashboard.json").read_text()
     dashboard = only(found, "ConfigMap", f"{NAME}-dashboard")["data"]["skfac.json"]
 
     assert only(found, "PrometheusRule")["spec"] == rules
-    assert dashboard.strip() == (ROOT / "deploy/grafana/skfac.json").read_text().strip()
+    assert dashboard.strip() == board.strip()
 
 
 def test_the_packaged_chart_is_whole(tmp_path):

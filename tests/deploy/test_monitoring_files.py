@@ -10,9 +10,9 @@ import pytest
 from skfac.service.metrics import Metrics
 
 ROOT = Path(__file__).parent.parent.parent
-RULES = (ROOT / "deploy/prometheus/rules.yaml").read_text()
-RULES_TEST = (ROOT / "deploy/prometheus/rules_test.yaml").read_text()
-DASHBOARD = (ROOT / "deploy/grafana/skfac.json").read_text()
+RULES = (ROOT / "deploy/helm/skfac/files/rules.yaml").read_text()
+RULES_TEST = (ROOT / "tests/monitoring/rules_test.yaml").read_text()
+DASHBOARD = (ROOT / "deploy/helm/skfac/files/dashboard.json").read_text()
 RUNBOOK = (ROOT / "docs/runbook.md").read_text()
 ALERTS = re.findall(r"- alert: (\w+)", RULES)
 
@@ -34,7 +34,7 @@ def exported() -> set[str]:
     ("script", "target"),
     [
         ("metrics_reference.py", "docs/metrics.md"),
-        ("dashboard.py", "deploy/grafana/skfac.json"),
+        ("dashboard.py", "deploy/helm/skfac/files/dashboard.json"),
     ],
 )
 def test_what_is_generated_is_fresh(script, target):

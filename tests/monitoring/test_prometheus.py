@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import grpc
 import pytest
@@ -178,4 +179,4 @@ def test_every_rule_is_evaluated_without_an_error(watched):
 
 def test_the_rules_are_right():
     promtool("check", "rules", "--lint=all", "--lint-fatal", RULES)
-    promtool("test", "rules", RULES.parent / "rules_test.yaml")
+    promtool("test", "rules", Path(__file__).with_name("rules_test.yaml"))

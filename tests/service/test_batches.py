@@ -29,9 +29,6 @@ from tests.support.values import (
     task_of,
 )
 
-needs_gpu = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="there is no CUDA device here"
-)
 LAYERS = (*MIXED, layer_spec("dense", 33, 33), layer_spec("odd", 77, 5))
 SETTINGS: dict[str, Any] = {"window": 2, "rank_cap": 5}
 
@@ -122,7 +119,6 @@ def tensors(solution: Solution) -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_a_gpu_solves_the_same_batch():
     batch = [*mixed_batch(), steep_task("steep"), task_of(session_spec(), count=0)]
 

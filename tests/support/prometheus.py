@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
-RULES = ROOT / "deploy" / "prometheus" / "rules.yaml"
+RULES = ROOT / "deploy/helm/skfac/files/rules.yaml"
 BINARIES = Path(os.environ.get("PROMETHEUS", ROOT / ".tools/prometheus")) / "usr/bin"
 PATIENCE_S = 60.0  # for what takes a second or two, on a machine that may be busy
 

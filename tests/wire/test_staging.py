@@ -9,10 +9,6 @@ from skfac.wire.staging import Staging
 from tests.support.tasks import solved
 from tests.support.values import layer_spec, session_spec, task_of
 
-needs_gpu = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="there is no CUDA device here"
-)
-
 
 def test_the_cpu_copies_nothing():
     staging = Staging(torch.device("cpu"))
@@ -26,7 +22,6 @@ def test_the_cpu_copies_nothing():
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_a_gpu_copies_what_was_queued_before_and_nothing_later():
     device = torch.device("cuda")
     staging = Staging(device)
@@ -44,7 +39,6 @@ def test_a_gpu_copies_what_was_queued_before_and_nothing_later():
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("count", [4, 64])
 def test_a_gpu_finds_the_same_inverses(count):
     spec = session_spec(layer_spec(d_in=40, d_out=20))

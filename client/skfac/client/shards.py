@@ -111,11 +111,12 @@ def sum_sharded(values: Tensor, shards: Sequence[Shard | None]) -> Tensor:
     for i, shard in enumerate(shards):
         if shard is not None:
             alike[shard.mesh].append(i)
+    numbers = list(values.unbind())  # an index on a GPU would have to be copied there
     for mesh, places in alike.items():
-        index = torch.tensor(places, device=values.device)
-        (total,) = _summed([values[index]], [mesh])
-        values = values.index_copy(0, index, total)
-    return values
+        (total,) = _summed([torch.stack([numbers[i] for i in places])], [mesh])
+        for i, number in zip(places, total.unbind(), strict=True):
+            numbers[i] = number
+    return torch.stack(numbers) if alike else values
 
 
 def _buckets(parts: Sequence[Part]) -> Iterator[list[int]]:
