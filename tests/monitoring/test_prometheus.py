@@ -18,8 +18,7 @@ from tests.support.servers import ServerProcess
 
 pytestmark = [pytest.mark.monitoring, pytest.mark.timeout(300)]
 
-ROOT = RULES.parent.parent
-DASHBOARD = json.loads((ROOT / "grafana" / "skfac.json").read_text())
+DASHBOARD = json.loads(RULES.with_name("dashboard.json").read_text())
 LAG, EVERY, STEPS = 1, 4, 48
 REPORTED = STEPS - EVERY - LAG  # those before the last snapshot that had versions
 
