@@ -28,6 +28,28 @@ def _options(**values: object) -> list[str]:
     return [part for pair in pairs for part in pair]
 
 
+def jobs_on_gpu() -> list[tuple[str, list[str]]]:
+    """List what is run with `--device cuda`; names of scripts with their options."""
+    common = _options(device="cuda", steps=100, rounds=5, against="adamw,muon")
+    sizes = (
+        _options(model="mlp", width=1024, batch=64),
+        _options(model="mlp", width=4096, batch=256),
+        _options(model="cnn", width=64, batch=128),
+        _options(model="transformer", width=768, batch=32),
+    )
+    steps = [
+        [*common, *size, *_options(update_every=every, where=where)]
+        for size in sizes
+        for every, where in ((10, "cuda"), (1, "cuda"), (10, "embedded"))
+    ]
+    solver = [_options(device="cuda", dim=dim) for dim in (1024, 2048, 4096)]
+    solver.append(_options(device="cuda", dim=4096, rows=1024, factors=16))
+    return [
+        *(("solver", options) for options in solver),
+        *(("step", options) for options in steps),
+    ]
+
+
 def jobs(*, short: bool) -> list[tuple[str, list[str]]]:
     """List what is run.
 
@@ -86,28 +108,36 @@ def run_one(name: str, options: list[str]) -> dict[str, Any]:
 
 
 def main(
-    results: Annotated[Path, typer.Option(help="Where the figures are kept.")] = HERE
-    / "results"
-    / "speed.json",
+    results: Annotated[
+        Path | None,
+        typer.Option(help="Where the figures are kept, if not in results/."),
+    ] = None,
     only: Annotated[
         str, typer.Option(help=f"Some of {', '.join(SCRIPTS)}; the others stay.")
     ] = ",".join(SCRIPTS),
+    device: Annotated[
+        str, typer.Option(help="cpu, or cuda for what a GPU makes faster.")
+    ] = "cpu",
     short: Annotated[
         bool, typer.Option("--short", help="Only see that all of them run; keep none.")
     ] = False,
 ) -> None:
     """Run the benchmarks; about half an hour on two idle cores, which they all use."""
     names = only.split(",")
-    wanted = [job for job in jobs(short=short) if job[0] in names]
+    on_gpu = device != "cpu"
+    every = jobs_on_gpu() if on_gpu else jobs(short=short)
+    wanted = [job for job in every if job[0] in names]
+    kept_in = results or HERE / "results" / ("gpu.json" if on_gpu else "speed.json")
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     console = Console(stderr=True)
     for name, options in track(wanted, "benchmarks", console=console):
         console.print(name, *options)
         found[name].append(run_one(name, options))
         if not short:
-            kept = json.loads(results.read_text()) if results.exists() else {}
-            results.write_text(json.dumps({**kept, **found}, indent=1) + "\n")
-    if not short and found.get("step"):
+            kept = json.loads(kept_in.read_text()) if kept_in.exists() else {}
+            done = {name: figures for name, figures in found.items() if figures}
+            kept_in.write_text(json.dumps({**kept, **done}, indent=1) + "\n")
+    if not (short or on_gpu) and found.get("step"):
         draw_steps(found["step"], IMAGES / "speed_step.png")
     print(json.dumps({name: len(figures) for name, figures in found.items()}))
 

@@ -1,6 +1,8 @@
 """Times the solver: against its bare products, and against dense inversion.
 
-One thread. `ratio_to_products` is a batch of tasks through `Solver.solve`, from float32
+One thread, or a GPU with `--device cuda`, whose own copies the products and the dense
+inversion use, while the solver's rows come from the host and its inverses go there.
+`ratio_to_products` is a batch of tasks through `Solver.solve`, from float32
 rows to checked float32 inverses, over nothing but the Gram products and triangular
 solves that it cannot do without, written plainly on float64 copies of the same rows.
 `ratio_to_fastest_products` has products with explicit inverses of the triangles in
@@ -11,9 +13,11 @@ take turns; figures are medians over the rounds.
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -21,7 +25,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.speed.turns import time_in_turns
+from benchmarks.speed.costs import Job, side_flops
+from benchmarks.speed.turns import hardware, time_in_turns
 from skfac.curvature.settings import CurvatureSettings
 from skfac.service.assembler import Assembly
 from skfac.service.scheduler import Task
@@ -52,8 +57,10 @@ class Factors:
     inverse: Tensor
     kept: list[list[Solution]] = field(default_factory=list)
 
+    device: str = "cpu"
+
     @classmethod
-    def draw(cls, dim: int, rows: int, count: int) -> "Factors":
+    def draw(cls, dim: int, rows: int, count: int, device: str) -> "Factors":
         """Draw normal rows.
 
         Returns:
@@ -80,14 +87,17 @@ class Factors:
             assembly = Assembly(index, 0, 0.0, {0: drawn}, {0: settings})
             tasks.append(Task(spec.job, spec, assembly, 0.0))
         taken = [task.assembly.rows[0] for task in tasks]
-        copies = [t.double() for r in taken for t in (r.activations, r.derivatives)]
-        gram = copies[0] @ copies[0].T / rows + DAMPING**0.5 * torch.eye(rows)
+        sides = [t for r in taken for t in (r.activations, r.derivatives)]
+        copies = [side.to(device, torch.float64) for side in sides]
+        gram = copies[0] @ copies[0].T / rows
+        gram.diagonal().add_(DAMPING**0.5)
         cholesky = torch.linalg.cholesky(gram)
-        return cls(tasks, copies, cholesky, torch.linalg.inv(cholesky))
+        inverse = torch.linalg.inv(cholesky)
+        return cls(tasks, copies, cholesky, inverse, device=device)
 
     def solve(self) -> None:
         """Solve the batch."""
-        solutions = Solver("cpu").solve(self.tasks)
+        solutions = Solver(self.device).solve(self.tasks)
         assert all(isinstance(solution.outcome, Version) for solution in solutions)
         self.kept[:] = [solutions]
 
@@ -112,19 +122,21 @@ class Factors:
         torch.linalg.inv(self._damped_factor())
 
     def _damped_factor(self) -> Tensor:
-        rows = self.tasks[0].assembly.rows[0].activations
+        rows = self.rows[0].float()
         factor = rows.T @ rows / len(rows)
         factor.diagonal().add_(DAMPING**0.5)
         return factor
 
 
-def measure(dim: int, rows: int, count: int, rounds: int) -> dict[str, float]:
+def measure(
+    dim: int, rows: int, count: int, rounds: int, device: str
+) -> dict[str, Any]:
     """Time one size.
 
     Returns:
         Figures by name.
     """
-    factors = Factors.draw(dim, rows, count)
+    factors = Factors.draw(dim, rows, count, device)
     bodies = {
         "solver": factors.solve,
         "products": factors.products,
@@ -132,6 +144,8 @@ def measure(dim: int, rows: int, count: int, rounds: int) -> dict[str, float]:
         "dense": factors.dense,
         "inv": factors.dense_inv,
     }
+    if device != "cpu":
+        bodies = {name: partial(_until_done, body) for name, body in bodies.items()}
     times = time_in_turns(bodies, rounds=rounds, repeats=1)
     solver = times["solver"]
     return {
@@ -139,6 +153,8 @@ def measure(dim: int, rows: int, count: int, rounds: int) -> dict[str, float]:
         "rows": rows,
         "factors": count,
         "rounds": rounds,
+        "hardware": hardware(device),
+        "gflops": round(count * _flops(dim, rows) / solver.median_s / 1e9, 1),
         "solver_ms": round(1000 * solver.median_s, 3),
         "factor_ms": round(1000 * solver.median_s / count, 4),
         "dense_factor_ms": round(1000 * times["dense"].median_s, 3),
@@ -149,7 +165,17 @@ def measure(dim: int, rows: int, count: int, rounds: int) -> dict[str, float]:
     }
 
 
-def draw(found: list[dict[str, float]], plot: Path) -> None:
+def _until_done(body: Callable[[], None]) -> None:
+    body()
+    torch.cuda.synchronize()
+
+
+def _flops(dim: int, rows: int) -> float:
+    job = Job(layers=(), ranks=1, rows=rows, cap=None, update_every=1, step_s=1.0)
+    return side_flops(job, dim)
+
+
+def draw(found: list[dict[str, Any]], plot: Path) -> None:
     """Draw ratios and times against the size of the factors."""
     import matplotlib as mpl
 
@@ -179,6 +205,7 @@ def main(
     rows: Annotated[int, typer.Option(min=1, help="Rows n of a factor.")] = 64,
     factors: Annotated[int, typer.Option(min=2, help="Factors of a batch.")] = 64,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each.")] = 7,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     plot: Annotated[
         Path | None, typer.Option(help=f"PNG of d = {PLOTTED_DIMS} and --dim.")
     ] = None,
@@ -189,7 +216,7 @@ def main(
     others = [one for one in PLOTTED_DIMS if one != dim] if plot else []
     found = []
     for size in (*others, dim):
-        found.append(measure(size, rows, factors, rounds))
+        found.append(measure(size, rows, factors, rounds, device))
         print(json.dumps(found[-1]), flush=True)
     if plot:
         draw(sorted(found, key=lambda one: one["dim"]), plot)

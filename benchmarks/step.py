@@ -1,12 +1,14 @@
 """Times whole training steps: SKFAC against the optimizers that people use.
 
-The trainer runs on one core, the server on another. All optimizers train the same model
-on the same batch in turns, and every figure is a ratio within the run.
+The trainer runs on one core, the server on another; with `--device cuda` both use one
+GPU, and a turn is timed as a whole, as steps run ahead of the GPU. All optimizers train
+the same model on the same batch in turns, and every figure is a ratio within the run.
 """
 
 import json
 import sys
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.speed.models import WORKLOADS
 from benchmarks.speed.phases import phases_of
-from benchmarks.speed.pinned import pin_trainer, server_on_other_core
+from benchmarks.speed.pinned import engine, pin_trainer
 from benchmarks.speed.trainers import BASELINES, Trainer, baseline, skfac
-from benchmarks.speed.turns import Times, time_in_turns
+from benchmarks.speed.turns import Times, hardware, time_in_turns
 
 REFERENCE_EVERY = 10
 SLOW_TURN_S = 3.0
@@ -40,6 +42,13 @@ def main(
     apply: Annotated[
         str, typer.Option(help="Where SKFAC preconditions: auto, row or gradient.")
     ] = "auto",
+    device: Annotated[
+        str, typer.Option(help="Of the model, and of a server: cpu or cuda.")
+    ] = "cpu",
+    where: Annotated[
+        str,
+        typer.Option(help="The engine: embedded, or in a server on cpu or cuda."),
+    ] = "",
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each optimizer.")] = 7,
     steps: Annotated[int, typer.Option(min=1, help="Steps in a turn.")] = 30,
     against: Annotated[
@@ -55,22 +64,19 @@ def main(
     if model not in WORKLOADS:
         raise typer.BadParameter(f"model is one of {', '.join(WORKLOADS)}.")
     names = dict.fromkeys(["sgd", "adamw", *filter(None, against.split(","))])
-    pin_trainer()
+    if device == "cpu":
+        pin_trainer()
     torch.manual_seed(0)
-    work = WORKLOADS[model](width, batch)
-    with server_on_other_core() as target, ExitStack() as stack:
+    work = WORKLOADS[model](width, batch).on(device)
+    where = where or device
+    with engine(where) as target, ExitStack() as stack:
         trainers = {name: baseline(name, work) for name in names}
         for every in {update_every, REFERENCE_EVERY}:
             trainer = skfac(work, target, update_every=every, lag=lag, apply=apply)
             assert trainer.preconditioner is not None
             stack.enter_context(trainer.preconditioner)
             trainers[f"every {every}"] = trainer
-        times = time_in_turns(
-            {name: trainer.step for name, trainer in trainers.items()},
-            rounds=rounds,
-            repeats=steps,
-            budget_s=SLOW_TURN_S,
-        )
+        times = _times(trainers, device, rounds, steps)
         settings = {
             "model": model,
             "width": width,
@@ -78,10 +84,24 @@ def main(
             "update_every": update_every,
             "lag": lag,
             "apply": apply,
+            "device": device,
+            "engine": where,
+            "hardware": hardware(device),
         }
         own = trainers[f"every {update_every}"]
         result = {**settings, **_figures(times, own, update_every), **phases_of(own)}
     print(json.dumps(result))
+
+
+def _times(
+    trainers: dict[str, Trainer], device: str, rounds: int, steps: int
+) -> dict[str, Times]:
+    if device == "cpu":
+        bodies = {name: trainer.step for name, trainer in trainers.items()}
+        return time_in_turns(bodies, rounds=rounds, repeats=steps, budget_s=SLOW_TURN_S)
+    turns = {name: partial(one.steps, steps) for name, one in trainers.items()}
+    times = time_in_turns(turns, rounds=rounds, repeats=1)
+    return {name: turn.divided_by(steps) for name, turn in times.items()}
 
 
 def _figures(times: dict[str, Times], own: Trainer, every: int) -> dict[str, Any]:

@@ -64,10 +64,11 @@ class Server:
 
 def solve_flops(job: Job, layer: LayerSpec) -> float:
     """Count the operations of both inverses of a layer."""
-    return sum(_side_flops(job, dim) for dim in (layer.d_in, layer.d_out))
+    return sum(side_flops(job, dim) for dim in (layer.d_in, layer.d_out))
 
 
-def _side_flops(job: Job, dim: int) -> float:
+def side_flops(job: Job, dim: int) -> float:
+    """Count the operations of one inverse."""
     rows, kept = job.ranks * job.rows, job.kept(dim)
     smaller = min(rows, dim)
     flops = 2.0 * smaller * rows * dim

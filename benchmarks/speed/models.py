@@ -1,7 +1,7 @@
 """Models whose steps are timed, with data of their shapes."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,16 @@ class Workload:
     build: Callable[[], nn.Module]
     inputs: Tensor
     labels: Tensor
+
+    def on(self, device: str) -> "Workload":
+        """Move it to a device."""
+        build = self.build
+        return replace(
+            self,
+            build=lambda: build().to(device),
+            inputs=self.inputs.to(device),
+            labels=self.labels.to(device),
+        )
 
     def loss(self, model: nn.Module) -> Tensor:
         """Run a model forward on the batch."""

@@ -21,24 +21,36 @@ def pin_trainer() -> None:
 
 
 @contextmanager
-def server_on_other_core() -> Iterator[str]:
-    """Run `skfac serve` on the last core.
+def engine(where: str) -> Iterator[str]:
+    """Start what a trainer connects to.
+
+    Args:
+        where: `"embedded"`, or the device of a server of its own.
 
     Yields:
-        The target that a trainer connects to.
+        The target.
     """
-    with running_server() as (target, _):
+    if where == "embedded":
+        yield where
+        return
+    # With a GPU a core is for what starts its kernels: nothing is pinned there.
+    setting = "--set", f"device={where}"
+    with running_server(*setting, pinned=where == "cpu") as (target, _):
         yield target
 
 
 @contextmanager
-def running_server(*options: str) -> Iterator[tuple[str, int]]:
+def running_server(*options: str, pinned: bool = True) -> Iterator[tuple[str, int]]:
     """Run `skfac serve` on the last core, with options.
+
+    Args:
+        options: Of the command.
+        pinned: False lets it use all cores.
 
     Yields:
         The target that a trainer connects to, and the number of the process.
     """
-    core = max(range(os.cpu_count() or 1))
+    cores = {max(range(os.cpu_count() or 1))} if pinned else os.sched_getaffinity(0)
     with tempfile.TemporaryDirectory(prefix="skfac-") as folder:
         target = f"unix:{Path(folder) / 'socket'}"
         command = [
@@ -50,7 +62,7 @@ def running_server(*options: str) -> Iterator[tuple[str, int]]:
             command,
             env=environment,
             stderr=subprocess.DEVNULL,
-            preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+            preexec_fn=lambda: os.sched_setaffinity(0, cores),
         )
         try:
             with grpc.insecure_channel(target) as channel:

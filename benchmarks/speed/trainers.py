@@ -50,6 +50,12 @@ class Trainer:
         self._optimizer.step()
         self._optimizer.zero_grad()
 
+    def steps(self, count: int) -> None:
+        """Take some steps, and wait until the GPU has done them."""
+        for _ in range(count):
+            self.step()
+        torch.cuda.synchronize()
+
     @property
     def waited_s(self) -> float:
         """Seconds spent waiting for versions so far."""

@@ -1,9 +1,12 @@
 """Times several things in turns, so that whatever slows the machine slows all."""
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+
+import torch
 
 
 @dataclass(eq=False)
@@ -26,6 +29,10 @@ class Times:
         """Median of the rounds' means, which rare and slow repetitions count in."""
         return statistics.median(map(statistics.fmean, self.rounds))
 
+    def divided_by(self, count: int) -> "Times":
+        """Take each repetition for several, all of one length."""
+        return Times([[s / count for s in turn] * count for turn in self.rounds])
+
     def ratio_to(self, other: "Times") -> float:
         """Median over the rounds of the ratio of medians."""
         pairs = zip(self.rounds, other.rounds, strict=True)
@@ -39,6 +46,14 @@ class Times:
         return statistics.median(
             statistics.fmean(own) / statistics.fmean(its) for own, its in pairs
         )
+
+
+def hardware(device: str) -> str:
+    """Name what a device is."""
+    cores = len(os.sched_getaffinity(0))
+    if device == "cpu":
+        return f"{cores} core(s)"
+    return f"{torch.cuda.get_device_name()}, {cores} cores, torch {torch.__version__}"
 
 
 def time_in_turns(
