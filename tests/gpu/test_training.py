@@ -71,7 +71,7 @@ def test_it_ends_where_the_cpu_does(place, history, tmp_path):
 
 
 @pytest.mark.parametrize("apply", ["row", "gradient"])
-@pytest.mark.parametrize("wire_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("wire_dtype", ["float32", "float64"])
 def test_every_way_to_apply(apply, wire_dtype):
     settings = {"apply": apply, "wire_dtype": wire_dtype}
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 90), nn.Tanh(), nn.Linear(90, 5))
@@ -85,9 +85,7 @@ def test_every_way_to_apply(apply, wire_dtype):
             train(model, pre, optimizer, device=device)
         ends.append(flat_parameters(model).cpu())
 
-    tight = wire_dtype == "float32"
-    tolerance = (1e-3, 1e-4) if tight else (5e-2, 5e-3)
-    torch.testing.assert_close(*ends, rtol=tolerance[0], atol=tolerance[1])
+    torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-4)
 
 
 def test_a_checkpoint_goes_on_with_a_fresh_server(tmp_path):
@@ -162,7 +160,9 @@ def test_autocast_with_a_scaler(dtype):
     assert (found - expected).norm() < 0.5 * (expected - start).norm()
 
 
-def test_a_compiled_model(monkeypatch):
+@pytest.mark.timeout(200)  # Inductor compiles
+@pytest.mark.filterwarnings("default")  # of torch itself
+def test_a_compiled_model():
     expected, _ = trained("cpu")
     model = small_cnn().cuda()
     optimizer = sgd(model)
