@@ -112,20 +112,20 @@ def test_without_rank_0_the_settings_of_rank_1_count():
 
 
 @pytest.mark.parametrize("changes", [{}, {"groups": 3}, {"diagonal": True}])
-def test_rows_are_stacked_in_the_order_of_the_ranks(changes):
+def test_rows_are_in_the_order_of_the_ranks(changes):
     spec = session_spec(layer_spec(**changes), world_size=3)
     assembler = assembler_of(spec)
     sent = [snapshot(spec, 1, rank, count=rank) for rank in range(3)]
     for rank in (2, 0, 1):
         complete = push(assembler, sent[rank])
 
-    activations, derivatives = complete[0].stacked()
+    activations, derivatives = complete[0].sides
 
     rows = [one.layers[0] for one in sent]
-    assert torch.equal(activations, torch.cat([r.activations for r in rows], -2))
-    assert torch.equal(derivatives, torch.cat([r.derivatives for r in rows], -2))
-    assert complete[0].count == derivatives.shape[-2] == 3
-    assert complete[0].nbytes == activations.nbytes + derivatives.nbytes
+    assert all(map(torch.equal, activations, (r.activations for r in rows)))
+    assert all(map(torch.equal, derivatives, (r.derivatives for r in rows)))
+    assert complete[0].count == sum(d.shape[-2] for d in derivatives) == 3
+    assert complete[0].nbytes == sum(t.nbytes for t in activations + derivatives)
 
 
 def test_rows_that_are_here_are_not_wanted_again():

@@ -14,6 +14,7 @@ from skfac.service.solver import ATTEMPTS, Solution, Solver
 from skfac.wire.outcome import Loss, Version
 from skfac.wire.session import SessionSpec
 from skfac.wire.snapshot import LayerRows, Snapshot
+from skfac.wire.state import LayerState, SessionState
 from tests.support.tasks import solved
 from tests.support.values import (
     MIXED,
@@ -118,11 +119,21 @@ def tensors(solution: Solution) -> tuple[torch.Tensor, ...]:
     return solution.outcome.preconditioner.tensors
 
 
+def with_history_on(solver: Solver, task: Task) -> Task:
+    """A task whose history is where the solver keeps it."""
+    if task.history is None:
+        return task
+    state = SessionState((LayerState(0, 0, task.history),))
+    return replace(task, history=solver.load(state).layers[0].history)
+
+
 @pytest.mark.gpu
 def test_a_gpu_solves_the_same_batch():
     batch = [*mixed_batch(), steep_task("steep"), task_of(session_spec(), count=0)]
+    solver = Solver("cuda")
 
-    on_gpu, on_cpu = (Solver(device).solve(batch) for device in ("cuda", "cpu"))
+    on_gpu = solver.solve([with_history_on(solver, task) for task in batch])
+    on_cpu = Solver("cpu").solve(batch)
 
     for actual, expected in zip(on_gpu, on_cpu, strict=True):
         assert actual.retries == expected.retries

@@ -3,7 +3,6 @@
 from collections import deque
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from skfac.curvature.settings import CurvatureSettings
@@ -45,19 +44,14 @@ class Assembly:
         """Bytes of all rows."""
         return sum(rows.nbytes for rows in self.rows.values())
 
-    def stacked(self) -> tuple[Tensor, Tensor]:
-        """Join the rows of all ranks, in the order of the ranks.
+    @property
+    def sides(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Activations and derivatives of each rank, in the order of the ranks.
 
-        Returns:
-            Activations and derivatives, which are not to be modified.
+        They are not to be modified.
         """
-        if len(self.rows) == 1:
-            (rows,) = self.rows.values()
-            return rows.activations, rows.derivatives
-        ranks = sorted(self.rows)
-        activations = [self.rows[rank].activations for rank in ranks]
-        derivatives = [self.rows[rank].derivatives for rank in ranks]
-        return torch.cat(activations, -2), torch.cat(derivatives, -2)
+        rows = [self.rows[rank] for rank in sorted(self.rows)]
+        return [one.activations for one in rows], [one.derivatives for one in rows]
 
 
 class Assembler:

@@ -53,6 +53,7 @@ class LocalEngine:
         self._clock = clock
         self._changed = threading.Condition()
         self._solver = solver = Solver(self._config.device)
+        solver.warm()
         self._sessions = Sessions(self._config, lambda spec: solver.load(saved(spec)))
         self._scheduler = Scheduler(batch_limits(self._config.device))
         self._solving = self._draining = self._closed = False

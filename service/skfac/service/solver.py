@@ -10,11 +10,12 @@ from torch import Tensor
 from skfac.curvature import stacks
 from skfac.curvature.damped import NoInverse
 from skfac.curvature.factor import Moment
-from skfac.curvature.finite import all_finite
+from skfac.curvature.finite import are_finite
 from skfac.curvature.history import LayerHistory
 from skfac.curvature.layer import (
     DampedLayer,
     LayerPreconditioner,
+    precondition_layer,
     precondition_layers,
 )
 from skfac.service.assembler import Assembly
@@ -91,6 +92,15 @@ class Solver:
         """
         return [s for part in self._parts(batch) for s in self._solve_part(part)]
 
+    def warm(self) -> None:
+        """Let a GPU load its libraries, which takes seconds, before anyone waits."""
+        if self._device.type == "cpu":
+            return
+        with self._staging.stream():
+            for rows in (2, 8):  # fewer than columns, and more
+                drawn = torch.randn(rows, 4, device=self._device)
+                precondition_layer(drawn, drawn, damping=1.0, split="pi")
+
     def load(self, state: SessionState) -> SessionState:
         """Copy histories to the device.
 
@@ -161,10 +171,15 @@ class Solver:
         # The second is why the rows are not in it, or nothing.
         try:
             with self._staging.stream():
-                rows = self._staging.to_device(*assembly.stacked())
-                return history.fold(rows[0], rows[1], assembly.agreed), ""
+                activations, derivatives = map(self._joined, assembly.sides)
+                return history.fold(activations, derivatives, assembly.agreed), ""
         except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
             return history, str(error)
+
+    def _joined(self, parts: Sequence[Tensor]) -> Tensor:
+        # Joined there, not here: a GPU does so faster, and copies pinned memory only.
+        rows = self._staging.to_device(*parts)
+        return rows[0] if len(rows) == 1 else torch.cat(rows, -2)
 
     def _invert(self, folded: list[_Folded]) -> list[Solution]:
         solutions: dict[int, Solution] = {}
@@ -194,21 +209,25 @@ class Solver:
                 if isinstance(preconditioner, LayerPreconditioner)
                 for tensor in preconditioner.tensors
             ]
-            host = iter(self._staging.to_host(tensors).wait())
+            copies = self._staging.to_host(tensors)
+            finite = iter(are_finite(tensors))  # where they were made, meanwhile
+            host = iter(copies.wait())
         return [
             preconditioner
             if isinstance(preconditioner, NoInverse)
             else _checked(
-                preconditioner.with_tensors(next(host), next(host)), layer.damping
+                preconditioner.with_tensors(next(host), next(host)),
+                layer.damping,
+                finite=all([next(finite), next(finite)]),
             )
             for layer, preconditioner in zip(layers, found, strict=True)
         ]
 
 
 def _checked(
-    preconditioner: LayerPreconditioner, damping: float
+    preconditioner: LayerPreconditioner, damping: float, *, finite: bool
 ) -> LayerPreconditioner | NoInverse:
-    if all(map(all_finite, preconditioner.tensors)):
+    if finite:
         return preconditioner
     return NoInverse(f"With damping {damping:.3g} the inverse is not finite.")
 
