@@ -30,23 +30,24 @@ def _options(**values: object) -> list[str]:
 
 def jobs_on_gpu() -> list[tuple[str, list[str]]]:
     """List what is run with `--device cuda`; names of scripts with their options."""
-    common = _options(device="cuda", steps=100, rounds=5, against="adamw,muon")
-    sizes = (
-        _options(model="mlp", width=1024, batch=64),
-        _options(model="mlp", width=4096, batch=256),
-        _options(model="cnn", width=64, batch=128),
-        _options(model="transformer", width=768, batch=32),
-    )
+    # A step takes milliseconds there, less than the copies to the engine and back.
+    common = _options(device="cuda", lag=10, rounds=3)
+    large = _options(model="transformer", width=2048, batch=64, steps=20)
     steps = [
-        [*common, *size, *_options(update_every=every, where=where)]
-        for size in sizes
-        for every, where in ((10, "cuda"), (1, "cuda"), (10, "embedded"))
+        [*large, *_options(against="adamw")],
+        [*large, *_options(against="adamw", where="embedded")],
+        [*_options(model="transformer", width=768, batch=32, against="adamw")],
+        [*_options(model="cnn", width=128, batch=256, against="adamw")],
+        [*_options(model="mlp", width=4096, batch=256, against="adamw", steps=100)],
+        [*large, *_options(against="adamw", update_every=3)],
+        [*large, *_options(against="adamw", where="cpu")],
+        [*large, *_options(against="adamw,muon,dense-kfac")],
     ]
     solver = [_options(device="cuda", dim=dim) for dim in (1024, 2048, 4096)]
     solver.append(_options(device="cuda", dim=4096, rows=1024, factors=16))
     return [
         *(("solver", options) for options in solver),
-        *(("step", options) for options in steps),
+        *(("step", [*common, *options]) for options in steps),
     ]
 
 
@@ -97,14 +98,21 @@ def run_one(name: str, options: list[str]) -> dict[str, Any]:
         Its figures.
 
     Raises:
-        SystemExit: If it fails.
+        RuntimeError: If it fails.
     """
     command = [sys.executable, str(HERE / f"{name}.py"), *options]
     done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603
     if done.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
     figures: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return figures
+
+
+def _keep(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    # After each one: half an hour is long enough for something to go wrong.
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    done = {name: figures for name, figures in found.items() if figures}
+    path.write_text(json.dumps({**kept, **done}, indent=1) + "\n")
 
 
 def main(
@@ -130,16 +138,21 @@ def main(
     kept_in = results or HERE / "results" / ("gpu.json" if on_gpu else "speed.json")
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     console = Console(stderr=True)
+    failed = 0
     for name, options in track(wanted, "benchmarks", console=console):
         console.print(name, *options)
-        found[name].append(run_one(name, options))
+        try:
+            found[name].append(run_one(name, options))
+        except RuntimeError as error:  # the others take long enough to go on with them
+            failed += 1
+            console.print(str(error), markup=False)
         if not short:
-            kept = json.loads(kept_in.read_text()) if kept_in.exists() else {}
-            done = {name: figures for name, figures in found.items() if figures}
-            kept_in.write_text(json.dumps({**kept, **done}, indent=1) + "\n")
+            _keep(found, kept_in)
     if not (short or on_gpu) and found.get("step"):
         draw_steps(found["step"], IMAGES / "speed_step.png")
     print(json.dumps({name: len(figures) for name, figures in found.items()}))
+    if failed:
+        sys.exit(f"{failed} of {len(wanted)} failed.")
 
 
 if __name__ == "__main__":

@@ -82,7 +82,11 @@ class Factors:
         )
         tasks = []
         for index in range(len(layers)):
-            drawn = LayerRows(index, torch.randn(rows, dim), torch.randn(rows, dim))
+            activations, derivatives = torch.randn(2, rows, dim)
+            if device != "cpu":  # as a server with a GPU receives them
+                activations = activations.pin_memory()
+                derivatives = derivatives.pin_memory()
+            drawn = LayerRows(index, activations, derivatives)
             settings = CurvatureSettings(damping=DAMPING)
             assembly = Assembly(index, 0, 0.0, {0: drawn}, {0: settings})
             tasks.append(Task(spec.job, spec, assembly, 0.0))
