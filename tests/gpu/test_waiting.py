@@ -10,6 +10,7 @@ from tests.support.servers import LONG_S, ServerProcess
 from tests.support.targets import unix_address
 
 SECOND = 2_000_000_000  # of cycles: no GPU of today runs much faster than 2 GHz
+LONG = 5  # seconds, for what a GPU that others use takes much less than
 pytestmark = pytest.mark.gpu
 WARM = 6
 
@@ -23,10 +24,10 @@ def target(request, tmp_path):
         yield server.address
 
 
-def occupy() -> torch.cuda.Event:
-    """Keep the stream busy for a second; returns what tells whether it still is."""
+def occupy(seconds: int = 1) -> torch.cuda.Event:
+    """Keep the stream busy; returns what tells whether it still is."""
     done = torch.cuda.Event()
-    torch.cuda._sleep(SECOND)
+    torch.cuda._sleep(seconds * SECOND)
     done.record()
     return done
 
@@ -74,7 +75,7 @@ def test_the_copy_of_a_version_waits_for_nothing_of_the_trainer():
         nn.functional.cross_entropy(model(images), labels).backward()
         pre.step()
         torch.cuda.synchronize()
-        busy = occupy()
+        busy = occupy(LONG)
         versions = pre._store.settle(LONG_S).expected[0]
 
         assert not busy.query()
