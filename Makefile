@@ -11,7 +11,7 @@ PROTOC = PATH=$(CURDIR)/$(PROTO_VENV)/bin:$$PATH $(PROTO_VENV)/bin/python -m grp
 PLOT ?= autoencoder.png
 DEPLOY_TOOLS := .tools/deploy
 
-.PHONY: help demo test test-floor page-check page-image monitoring-check docs check format proto proto-check stubs-fresh sbom audit
+.PHONY: help demo test test-floor gpu-check page-check page-image monitoring-check docs check format proto proto-check stubs-fresh sbom audit
 .PHONY: bench scaling grid study restarts faults fuzz soak deploy-check image-check clean
 
 help:  ## List the targets.
@@ -27,6 +27,10 @@ test-floor: .floor/.ready  ## Run the tests of the wire with the oldest gRPC and
 	PYTHONPATH=.floor $(RUN) -m pytest -n 2 --dist loadgroup tests/wire tests/service/test_server.py \
 	  tests/service/test_state_server.py tests/end_to_end/test_bits.py \
 	  tests/end_to_end/test_shared_memory.py
+
+gpu-check: $(VENV)/.ready  ## Run what needs a CUDA device: its tests, then its benchmarks.
+	$(RUN) -m pytest -m gpu
+	$(RUN) benchmarks/run_all.py --device cuda
 
 page-check: $(VENV)/.page  ## Try the status page in headless Chromium.
 	$(RUN) -m pytest -m browser tests/browser

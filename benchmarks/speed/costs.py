@@ -56,10 +56,16 @@ class Server:
     Attributes:
         flops: Operations a second in float64, over a whole solve.
         bytes_per_s: Of its link, in each direction.
+        layer_s: Seconds that a layer takes besides its operations.
     """
 
     flops: float
     bytes_per_s: float
+    layer_s: float = 0.0
+
+    def solve_s(self, flops: float) -> float:
+        """Seconds of both inverses of a layer with so many operations."""
+        return self.layer_s + flops / self.flops
 
 
 def solve_flops(job: Job, layer: LayerSpec) -> float:
@@ -97,7 +103,8 @@ def costs(job: Job, server: Server) -> dict[str, float | None]:
     up = sum(job.rows * dim for dim in dims) * _FLOAT_BYTES
     down = sum(job.kept(dim) * dim for dim in dims) * _FLOAT_BYTES
     weights = sum(layer.d_in * layer.d_out for layer in job.layers) * _FLOAT_BYTES
-    solve_s, largest_s = sum(flops) / server.flops, max(flops) / server.flops
+    times = list(map(server.solve_s, flops))
+    solve_s, largest_s = sum(times), max(times)
     link_s = job.ranks * max(up, down) / server.bytes_per_s
     by_solving, by_link = (max(1, math.ceil(s / budget_s)) for s in (solve_s, link_s))
     servers = max(by_solving, by_link)

@@ -99,7 +99,7 @@ class Preconditioner:
         self._step = 0
         self._next_capture = 0
         self._raw = 0
-        self._pace = Pace()
+        self._pace = Pace(config.lag)
         self._sampled = False
         self._closed = False
         log = StepLog()
@@ -157,7 +157,7 @@ class Preconditioner:
         """
         if self._closed:
             raise ConfigurationError("This preconditioner is closed.")
-        self._pace.step()
+        self._pace.step(self._store.waited_s)
         step, config = self._step, self.config
         loss_scale = self._loss_scale.unscale(self._layers[0].weight.device)
         # A step that raised may be tried again; its rows were taken then.
