@@ -20,11 +20,12 @@ def draw_steps(records: list[dict[str, Any]], path: Path) -> None:
     """Draw step times over SGD's, one group of bars for each model.
 
     Args:
-        records: Results of `step.py`; those with 64 samples and an update every 10
-            steps are drawn.
+        records: Results of `step.py`; those with 64 samples, an update every 10 steps
+            and the default way to apply are drawn.
         path: PNG to write.
     """
-    chosen = [r for r in records if r["batch"] == 64 and r["update_every"] == 10]
+    drawn = {"batch": 64, "update_every": 10, "apply": "auto"}
+    chosen = [record for record in records if drawn.items() <= record.items()]
     names = [*_LABELS, "skfac"]
     figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
     room = 0.8 / len(names)
@@ -36,11 +37,12 @@ def draw_steps(records: list[dict[str, Any]], path: Path) -> None:
         ]
         label = "SKFAC, update_every=10" if name == "skfac" else _LABELS[name]
         bars = axes.bar(centres, heights, room, label=label)
-        axes.bar_label(bars, fmt="%.2g", fontsize=7)
+        axes.bar_label(bars, fmt="%.3g", fontsize=7)
     axes.axhline(1, color="grey", linewidth=1)
     axes.set(yscale="log", ylabel="median step time over SGD's")
     axes.set_xticks(range(len(chosen)), [f"{r['model']} {r['width']}" for r in chosen])
-    axes.legend(ncols=len(names), fontsize=7)
+    axes.set_ylim(top=4 * axes.get_ylim()[1])  # room for the legend
+    axes.legend(ncols=len(names), fontsize=7, loc="upper center")
     axes.set_title("A training step, batch of 64, one core; the server on another")
     figure.savefig(path, dpi=120)
     plt.close(figure)
