@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.functional import cross_entropy
 
-from skfac.client import Preconditioner, servers, shared_link, transport
+from skfac.client import Preconditioner, preconditioner, shared_link, transport
 from skfac.client.transport import Transport
 
 GROUP_TIMEOUT_S = 120.0
@@ -177,11 +177,11 @@ def take_own_links(routes: dict[str, str]) -> None:
     """Connect to servers over the links that lead to them."""
     direct = transport.connect
 
-    def routed(target: str, *arguments: Any) -> Transport:
-        return direct(routes.get(target, target), *arguments)
+    def routed(target: str, **settings: Any) -> Transport:
+        return direct(routes.get(target, target), **settings)
 
     # Of the process, until it ends. The ranks share rank 0's names of the servers.
-    mock.patch.object(servers, "connect", routed).start()
+    mock.patch.object(preconditioner, "connect", routed).start()
 
 
 def _digest(model: nn.Module) -> str:
