@@ -6,6 +6,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import psutil
+from tenacity import Retrying, retry_if_exception_message, stop_after_attempt
 
 STORE_BYTES = 200 * 1024 * 1024
 
@@ -19,12 +20,20 @@ def local_cluster() -> Iterator[None]:
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
     import ray
 
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=STORE_BYTES,
-    )
+    # It gives its own processes 30 s to begin, which a busy machine may not do.
+    for attempt in Retrying(
+        retry=retry_if_exception_message(match=".*timed out during startup"),
+        stop=stop_after_attempt(3),
+        before_sleep=lambda _: ray.shutdown(),
+        reraise=True,
+    ):
+        with attempt:
+            ray.init(
+                num_cpus=2,
+                include_dashboard=False,
+                log_to_driver=False,
+                object_store_memory=STORE_BYTES,
+            )
     try:
         yield
     finally:
