@@ -14,6 +14,7 @@ from skfac.curvature.inverse import (
 from skfac.curvature.layer import LayerPreconditioner
 from skfac.curvature.settings import CurvatureSettings
 from skfac.v1 import preconditioning_pb2 as pb
+from skfac.wire.down_queue import Placement
 from skfac.wire.errors import InvalidRequestError
 from skfac.wire.frames import encode_frames
 from skfac.wire.messages import (
@@ -26,7 +27,6 @@ from skfac.wire.messages import (
 )
 from skfac.wire.outcome import Loss, LossReason, Outcome, Version
 from skfac.wire.report import decode_report, encode_report
-from skfac.wire.ring import Placement
 from skfac.wire.session import LayerSpec, OnLate, SessionSpec
 from skfac.wire.snapshot import (
     LayerRows,

@@ -8,7 +8,7 @@ open. It has three parts, each at the beginning of a page:
     header   16 bytes that whoever offers the file must know; at byte 64 how far the
              trainer has read the down area, and at byte 72 the same inverted
     up       rows, written by the trainer wherever it likes
-    down     versions, written by the server round and round (see `ring`)
+    down     versions, written by the server (see `down_queue`)
 
 Neither end believes the other, and all offsets are checked. The server copies by
 `preadv` and `pwritev`, so that a file that is cut short is an error and not a signal,

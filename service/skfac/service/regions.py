@@ -4,7 +4,7 @@ import logging
 import threading
 
 from skfac.v1 import preconditioning_pb2 as pb
-from skfac.wire.ring import Ring
+from skfac.wire.down_queue import DownQueue
 from skfac.wire.shared_memory import Area, open_region
 
 logger = logging.getLogger(__name__)
@@ -21,10 +21,10 @@ class Regions:
     def __init__(self, max_area_bytes: int) -> None:
         self._max_area_bytes = max_area_bytes
         self._lock = threading.Lock()
-        self._rings: dict[tuple[str, bytes], Ring] = {}
+        self._queues: dict[tuple[str, bytes], DownQueue] = {}
 
     def __len__(self) -> int:
-        return len(self._rings)
+        return len(self._queues)
 
     def open(self, offer: pb.SharedRegion) -> "OpenRegion | None":
         """Open what a trainer offers.
@@ -38,29 +38,29 @@ class Regions:
             logger.info("A region is not shared: %s. Its tensors go inline.", error)
             return None
         opened = OpenRegion(self, (offer.session_id, offer.token), region.up)
-        ring = Ring(region)
+        queue = DownQueue(region)
         with self._lock:
-            if opened.key in self._rings:
+            if opened.key in self._queues:
                 logger.warning("A connection offered shared memory twice.")
-                ring.close()
+                queue.close()
                 return None
-            self._rings[opened.key] = ring
+            self._queues[opened.key] = queue
         return opened
 
-    def ring(self, session_id: str, token: bytes) -> Ring | None:
+    def queue(self, session_id: str, token: bytes) -> DownQueue | None:
         """Find where the outcomes of a connection can be written.
 
         Returns:
-            The ring, or None if the connection has no region.
+            The queue, or None if the connection has no region.
         """
-        return self._rings.get((session_id, token))
+        return self._queues.get((session_id, token))
 
     def close(self, key: tuple[str, bytes]) -> None:
         """Close a region; idempotent."""
         with self._lock:
-            ring = self._rings.pop(key, None)
-        if ring is not None:
-            ring.close()
+            queue = self._queues.pop(key, None)
+        if queue is not None:
+            queue.close()
 
 
 class OpenRegion:

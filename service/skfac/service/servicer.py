@@ -18,10 +18,10 @@ from skfac.service.regions import Regions
 from skfac.v1 import preconditioning_pb2 as pb
 from skfac.wire.channel import SERVICE, SESSION_KEY
 from skfac.wire.codec import decode_session, encode_outcomes
+from skfac.wire.down_queue import DownQueue
 from skfac.wire.errors import LimitExceededError, ServiceError, status_of
 from skfac.wire.messages import check_layers
 from skfac.wire.outcome import Outcome
-from skfac.wire.ring import Ring
 from skfac.wire.state import LayerStateHeader
 from skfac.wire.state_codec import Admit, StateReceiver, encode_state
 
@@ -103,8 +103,8 @@ class PreconditioningServicer:
                 job = engine.status(request.session_id).sessions[0].job
                 while context.is_active():
                     outcomes = subscription.take(_LOOK_AROUND_S)
-                    ring = self._regions.ring(request.session_id, request.token)
-                    for frame, nbytes in _frames(outcomes, ring):
+                    queue = self._regions.queue(request.session_id, request.token)
+                    for frame, nbytes in _frames(outcomes, queue):
                         self._metrics.observe_sent(job, nbytes)
                         yield frame
                     if outcomes:
@@ -235,13 +235,13 @@ class PreconditioningServicer:
 
 
 def _frames(
-    outcomes: Sequence[Outcome], ring: Ring | None
+    outcomes: Sequence[Outcome], queue: DownQueue | None
 ) -> Iterator[tuple[bytes, int]]:
     # With the bytes that each of them stands for, those in shared memory among them.
-    written = 0 if ring is None else ring.written_bytes
-    place = None if ring is None else ring.place
+    written = 0 if queue is None else queue.written_bytes
+    place = None if queue is None else queue.place
     for frame in encode_outcomes(outcomes, place) if outcomes else ():
-        shared = 0 if ring is None else ring.written_bytes - written
+        shared = 0 if queue is None else queue.written_bytes - written
         written += shared
         yield frame, len(frame) + shared
 

@@ -1,4 +1,4 @@
-"""The ring: written as far as it was read, whatever the reader says."""
+"""The down area: written where it was read, whatever the reader says."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skfac.wire import shared_memory
+from skfac.wire.down_queue import DownQueue, Placement
 from skfac.wire.payload import PayloadBuffer
-from skfac.wire.ring import Placement, Ring
 from skfac.wire.shared_memory import OwnRegion, open_region
 from skfac.wire.snapshot import TensorHeader
 from tests.support.values import same_bits
@@ -23,18 +23,18 @@ def _folder(tmp_path_factory):
 
 
 class Ends:
-    """A ring, and its reader."""
+    """The queue of a region, and its reader."""
 
     def __init__(self, capacity: int = CAPACITY, *, sealed: bool = False) -> None:
         self.own = OwnRegion(bytes(16), 4096, capacity, sealed=sealed)
         self.peer = open_region(self.own.offer, 10**6)
-        self.ring = Ring(self.peer)
+        self.queue = DownQueue(self.peer)
 
     def __enter__(self) -> "Ends":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.ring.close()
+        self.queue.close()
         self.own.discard()
 
     def read(self, placed: Placement, like: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -59,71 +59,93 @@ def ends(request):
 
 def test_there_is_room_until_the_capacity_and_again_once_it_is_read(ends):
     half = tensors(64, 60)  # 512 bytes with their padding
-    first, second = ends.ring.place(half), ends.ring.place(half)
+    first, second = ends.queue.place(half), ends.queue.place(half)
     assert first is not None
     assert second is not None
     assert (first.offsets, first.end) == ([0, 256], 512)
     assert (second.offsets, second.end) == ([512, 768], 1024)
-    assert ends.ring.place(tensors(1)) is None
+    assert ends.queue.place(tensors(1)) is None
 
     ends.own.write_consumed(first.end)
-    third = ends.ring.place(half)
+    third = ends.queue.place(half)
     assert third is not None
     assert (third.offsets, third.end) == ([0, 256], 1536)
-    assert ends.ring.place(tensors(1)) is None
-    assert ends.ring.written_bytes == 3 * 4 * 124
+    assert ends.queue.place(tensors(1)) is None
+    assert ends.queue.written_bytes == 3 * 4 * 124
 
 
 def test_nothing_is_split_at_the_end(ends):
-    first = ends.ring.place(tensors(192))  # 768
+    first = ends.queue.place(tensors(192))  # 768
     assert first is not None
-    assert ends.ring.place(tensors(128)) is None  # 256 are left, and 512 wanted
+    assert ends.queue.place(tensors(128)) is None  # 256 are left, and 512 wanted
     ends.own.write_consumed(first.end)
-    second = ends.ring.place(tensors(128))
+    second = ends.queue.place(tensors(128))
     assert second is not None
     assert second.offsets == [0]
 
 
-def test_an_empty_ring_takes_what_fits_wherever_it_stands(ends):
-    first = ends.ring.place(tensors(160))  # 640, so that 384 are left
+def test_what_was_read_is_written_first(ends):
+    first, second = ends.queue.place(tensors(64)), ends.queue.place(tensors(64))
+    assert first is not None
+    assert second is not None
+    ends.own.write_consumed(first.end)
+    third = ends.queue.place(tensors(64))
+    assert third is not None
+    assert (third.offsets, third.end) == ([0], 768)  # and not after the second
+
+
+def test_what_does_not_fit_before_unread_versions_comes_after_them(ends):
+    first, second = ends.queue.place(tensors(64)), ends.queue.place(tensors(64))
+    assert first is not None
+    assert second is not None
+    ends.own.write_consumed(first.end)
+    third, last = ends.queue.place(tensors(128)), ends.queue.place(tensors(64))
+    assert third is not None
+    assert last is not None
+    assert (third.offsets, last.offsets) == ([512], [0])
+    assert ends.queue.place(tensors(1)) is None
+
+
+def test_an_empty_queue_takes_what_fits_wherever_it_stands(ends):
+    first = ends.queue.place(tensors(160))  # 640, so that 384 are left
     assert first is not None
     ends.own.write_consumed(first.end)
-    second = ends.ring.place(tensors(256))
+    second = ends.queue.place(tensors(256))
     assert second is not None
     assert second.offsets == [0]
-    assert ends.ring.place(tensors(1)) is None
+    assert ends.queue.place(tensors(1)) is None
     ends.own.write_consumed(second.end)
-    assert ends.ring.place(tensors(256)) is not None
+    assert ends.queue.place(tensors(256)) is not None
 
 
 @pytest.mark.parametrize("lie", [1, 511, 1025, 2**63, 2**64 - 1])
 def test_a_lying_reader_gets_no_room_it_does_not_have(ends, lie):
-    first, second = ends.ring.place(tensors(128)), ends.ring.place(tensors(128))
+    first, second = ends.queue.place(tensors(128)), ends.queue.place(tensors(128))
     assert first is not None
     assert second is not None
     ends.own.write_consumed(lie)
-    assert ends.ring.place(tensors(128)) is None
+    assert ends.queue.place(tensors(128)) is None
 
     ends.own.write_consumed(first.end)
-    assert ends.ring.place(tensors(128)) is not None
+    assert ends.queue.place(tensors(128)) is not None
     ends.own.write_consumed(0)  # not backwards
-    assert ends.ring.place(tensors(1)) is None
+    assert ends.queue.place(tensors(1)) is None
 
 
 def test_what_is_too_large_or_empty_is_not_placed(ends):
-    assert ends.ring.place(tensors(257)) is None
-    assert ends.ring.place([]) is None
-    assert ends.ring.place(tensors(0, 0)) is None
-    placed = ends.ring.place(tensors(0, 3, 0))
+    assert ends.queue.place(tensors(257)) is None
+    assert ends.queue.place([]) is None
+    assert ends.queue.place(tensors(0, 0)) is None
+    placed = ends.queue.place(tensors(0, 3, 0))
     assert placed is not None
     assert placed.offsets == [None, 0, None]
 
 
 @pytest.mark.parametrize("capacity", [0, 63, 100])
-def test_a_ring_of_odd_size_keeps_the_alignment(capacity):
+def test_a_queue_of_odd_size_keeps_the_alignment(capacity):
     with Ends(capacity) as ends:
         for _ in range(3):
-            placed = ends.ring.place(tensors(16))
+            placed = ends.queue.place(tensors(16))
             assert (placed is None) == (capacity < 64)
             if placed is not None:
                 assert placed.offsets == [0]
@@ -131,9 +153,9 @@ def test_a_ring_of_odd_size_keeps_the_alignment(capacity):
 
 
 def test_nothing_is_written_after_the_end(ends):
-    ends.ring.close()
-    ends.ring.close()
-    assert ends.ring.place(tensors(1)) is None
+    ends.queue.close()
+    ends.queue.close()
+    assert ends.queue.place(tensors(1)) is None
 
 
 def test_a_file_that_cannot_be_written_is_given_up(monkeypatch):
@@ -143,8 +165,8 @@ def test_a_file_that_cannot_be_written_is_given_up(monkeypatch):
     with Ends() as ends:
         with monkeypatch.context() as patch:
             patch.setattr(shared_memory.os, "pwritev", broken)
-            assert ends.ring.place(tensors(1)) is None
-        assert ends.ring.place(tensors(1)) is None
+            assert ends.queue.place(tensors(1)) is None
+        assert ends.queue.place(tensors(1)) is None
 
 
 @pytest.mark.parametrize("sealed", [False, True])
@@ -161,7 +183,7 @@ def test_what_was_not_read_is_never_overwritten(sealed, steps):
                     ends.own.write_consumed(placed.end)
                 continue
             sent = tensors(*counts, value=10.0 * number)
-            placed = ends.ring.place(sent)
+            placed = ends.queue.place(sent)
             if placed is not None:
                 unread.append((placed, sent))
             elif sum(counts) and not unread:
