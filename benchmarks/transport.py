@@ -23,8 +23,8 @@ the slower one (0.58 CPU s/GB, 4 MiB, grpcio 1.85): 50 % copying in libc, two of
 times in gRPC's Python layer (slices to bytearray to bytes) and once into the tensor;
 28 % the kernel, mostly its copy out of the socket; 9 % the checksum; 8 % the
 interpreter. Packed tensors add 10 to 20 μs of Python to each at either end. What comes
-down through shared memory is copied twice, on both cores at once, where the machine
-this was measured on copies 4.4 GB/s on each instead of 6.0.
+down through shared memory is copied twice, on both cores at once, which copy half as
+fast then; so it is written where it was read last, and stays in the cache.
 """
 
 import argparse
