@@ -18,9 +18,9 @@ from skfac.curvature.inverse import (
 from skfac.curvature.layer import (
     DampedLayer,
     LayerPreconditioner,
-    apply_in_stacks,
     precondition_layers,
     precondition_moments,
+    stack_preconditioners,
 )
 from skfac.curvature.stacks import in_stacks
 from tests.support.dense import normal
@@ -185,69 +185,57 @@ def test_stacks_are_of_equal_shapes(stacked):
         torch.testing.assert_close(total, first.sum())
 
 
-def preconditioners() -> list[LayerPreconditioner]:
-    """Twice each pair of forms, with unlike damping; two layers have groups."""
-    low, tall, flat = (3, 7), (20, 5), (2, 6)
-    pairs = [
-        (low, low),
-        (low, low),
-        (tall, low),
-        (low, flat),
-        (tall, tall),
-        (flat, low),
+def preconditioner(seed: int, *, activations, derivatives) -> LayerPreconditioner:
+    sides = (
+        (normal(*activations, seed=seed), activations),
+        (
+            normal(*derivatives, seed=100 + seed),
+            derivatives,
+        ),
+    )
+    moments = [
+        moment_of(rows, count=rows.shape[-2], diagonal=shape == FLAT)
+        for rows, shape in sides
     ]
-    grouped = [((2, 3, 7), (2, 9, 4)), ((2, 3, 7), (2, 9, 4))]
-    found = []
-    for seed, (a, g) in enumerate([*pairs, *pairs, *grouped]):
-        rows = normal(*a, seed=seed), normal(*g, seed=100 + seed)
-        moments = [
-            moment_of(side, count=side.shape[-2], diagonal=shape == flat)
-            for side, shape in zip(rows, (a, g), strict=True)
-        ]
-        damping, dtype = 0.1 * (seed + 1), torch.float64
-        found.append(
-            precondition_moments(*moments, damping=damping, split="pi", dtype=dtype)
-        )
-    return found
+    damping, dtype = 0.1 * (seed + 1), torch.float64
+    return precondition_moments(*moments, damping=damping, split="pi", dtype=dtype)
 
 
-@pytest.mark.parametrize("how", ["alone", "in stacks"])
-def test_gradients_of_equal_shapes_are_preconditioned_together(how, request):
-    if how == "in stacks":
-        request.getfixturevalue("stacked")
-    taken = preconditioners()
-    forms = {type(side) for one in taken for side in (one.activations, one.derivatives)}
-    assert forms == {LowRankInverse, DenseInverse, DiagonalInverse}
+LOW, TALL, FLAT = (3, 7), (20, 5), (2, 6)
+
+
+@pytest.mark.parametrize(
+    ("activations", "derivatives"),
+    [
+        (LOW, LOW),
+        (TALL, LOW),
+        (LOW, TALL),
+        (TALL, TALL),
+        (FLAT, LOW),
+        ((2, 3, 7), (2, 9, 4)),
+    ],
+)
+def test_gradients_of_equal_shapes_are_preconditioned_together(
+    activations, derivatives
+):
+    sides = {"activations": activations, "derivatives": derivatives}
+    ones = [preconditioner(seed, **sides) for seed in range(3)]
+    groups = activations[:-2]
     gradients = [
-        normal(
-            *one.activations.tensor.shape[:-2],
-            one.derivatives.dim,
-            one.activations.dim,
-            seed=i,
-        )
-        for i, one in enumerate(taken)
+        normal(*groups, derivatives[-1], activations[-1], seed=i) for i in (7, 8, 9)
     ]
-    before = [gradient.clone() for gradient in gradients]
 
-    directions = apply_in_stacks(taken, gradients)
+    whole, factors, views = stack_preconditioners(ones)
 
-    for one, gradient, direction in zip(taken, gradients, directions, strict=True):
-        torch.testing.assert_close(direction, one.apply(gradient))
-    assert all(map(torch.equal, gradients, before))
-
-
-def test_layers_of_equal_shapes_are_one_product(stacked, monkeypatch):
-    heights = []
-    apply = LayerPreconditioner.apply
-
-    def counted(self, gradient):
-        heights.append(len(gradient))
-        return apply(self, gradient)
-
-    monkeypatch.setattr(LayerPreconditioner, "apply", counted)
-    taken = preconditioners()[:2] * 2
-    gradients = [normal(7, 7, seed=i) for i in range(4)]
-
-    apply_in_stacks(taken, gradients)
-
-    assert heights == [4]
+    assert (
+        len(
+            {tensor.untyped_storage().data_ptr() for v in views for tensor in v.tensors}
+        )
+        == 2
+    )
+    stack = torch.stack(gradients)
+    directions = whole.apply(stack.flatten(0, -3)).view_as(stack)
+    for i, (one, view, gradient) in enumerate(zip(ones, views, gradients, strict=True)):
+        assert_same_preconditioner(view, one)
+        expected = one.apply(gradient)
+        torch.testing.assert_close(directions[i] * factors[i], expected)

@@ -1,23 +1,29 @@
 """Turns the gradients of a model into preconditioned ones, inside a trust region."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from skfac.client.directions import (
+    Direction,
+    Factor,
+    InGradientSpace,
+    InRowSpace,
+    InStack,
+    write,
+)
 from skfac.client.layers import TrackedLayer
 from skfac.client.phases import phase
 from skfac.client.ready import ReadyVersions
-from skfac.client.row_space import Rows, RowSpace
+from skfac.client.row_space import RowSpace
 from skfac.client.shards import Part, precondition_parts, sum_sharded
-from skfac.curvature import stacks
-from skfac.curvature.layer import LayerPreconditioner, apply_in_stacks
-from skfac.curvature.trust import Trust, graft_scale, inner, kl_scale
+from skfac.client.stacked import Stacks
+from skfac.curvature.layer import LayerPreconditioner
+from skfac.curvature.trust import Trust, graft_scale, kl_scale
 from skfac.wire.outcome import Version
-
-_MOST_STACKED = 1 << 20  # numbers of a gradient; more keep a GPU busy by themselves
+from skfac.wire.staging import numbers_on
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,61 +47,6 @@ class Prediction:
         return float(nu * self.slope - nu.square() * self.square / 2)
 
 
-@dataclass(frozen=True, eq=False)
-class _InRowSpace:
-    # A layer whose gradient its backward has preconditioned.
-    layer: TrackedLayer
-    rows: Rows
-    loss_scale: float | Tensor
-
-    def inner(self) -> Tensor:
-        # The rows are those of the scaled loss, the gradient is unscaled by now.
-        return self.rows.inner() / self.loss_scale**2
-
-    def squares(self) -> tuple[Tensor, Tensor]:
-        return self.rows.gradient_square(), self.rows.direction_square()
-
-
-@dataclass(frozen=True, eq=False)
-class _InGradientSpace:
-    layer: TrackedLayer
-    gradient: Tensor
-    direction: Tensor
-
-    def inner(self) -> Tensor:
-        return inner(self.direction, self.gradient)
-
-    def squares(self) -> tuple[Tensor, Tensor]:
-        return (
-            inner(self.gradient, self.gradient),
-            inner(self.direction, self.direction),
-        )
-
-
-_Step = _InRowSpace | _InGradientSpace
-
-
-@dataclass(frozen=True, eq=False)
-class _Whole:
-    # A gradient that is to be preconditioned together with those of its shape.
-    gradient: Tensor
-    ready: LayerPreconditioner
-
-
-class _Factor:
-    # A scalar, cast once for all gradients of a device and dtype.
-
-    def __init__(self, value: Tensor) -> None:
-        self._value = value
-        self._casts: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-
-    def like(self, tensor: Tensor) -> Tensor:
-        key = tensor.device, tensor.dtype
-        if key not in self._casts:
-            self._casts[key] = self._value.to(*key)
-        return self._casts[key]
-
-
 class Apply:
     """Preconditions what is not preconditioned yet, then keeps all within the trust.
 
@@ -116,6 +67,7 @@ class Apply:
         self._rows = rows
         self._not_finite: Tensor | None = None
         self._rates: tuple[list[float | Tensor], Tensor] | None = None
+        self._stacks = Stacks(layers, ready)
         self.prediction: Prediction | None = None
 
     @property
@@ -142,71 +94,77 @@ class Apply:
             loss_scale: What the loss was multiplied by in the backward.
         """
         with phase("apply"):
-            steps = self._prepare(versions, loss_scale)
-        if not steps:
+            directions = self._directions(versions, loss_scale)
+        if not directions:
             return
         with phase("trust"):
-            self.prediction = self._predict(steps, kl_clip if trust == "kl" else None)
+            clip = kl_clip if trust == "kl" else None
+            self.prediction = self._predict(directions, clip)
             if trust == "graft":
-                sides = zip(*(step.squares() for step in steps), strict=True)
-                totals = zip(*(_over_ranks(s, steps) for s in sides), strict=True)
-                for step, squares in zip(steps, totals, strict=True):
-                    _write([step], _Factor(graft_scale(*squares)))
+                factors = _grafts(directions)
             else:
-                _write(steps, _Factor(self.prediction.scale))
+                factors = [Factor(self.prediction.scale)] * len(directions)
+            write(zip(directions, factors, strict=True))
 
-    def _prepare(
+    def _directions(
         self, versions: Sequence[Version | None], loss_scale: float | Tensor
-    ) -> list[_Step]:
-        found = [
-            self._begin(index, versions, loss_scale)
-            for index in range(len(self._layers))
-        ]
-        parts = [one for one in found if isinstance(one, Part)]
-        small = [one for one in found if isinstance(one, _Whole)]
-        of_parts = iter(precondition_parts(parts))
-        of_small = iter(
-            apply_in_stacks([o.ready for o in small], [o.gradient for o in small])
-        )
-        steps: list[_Step] = []
-        for layer, one in zip(self._layers, found, strict=True):
-            if isinstance(one, Part | _Whole):
-                direction = next(of_parts if isinstance(one, Part) else of_small)
-                steps.append(_InGradientSpace(layer, one.gradient, direction))
+    ) -> list[Direction]:
+        found: list[Direction] = []
+        parts: dict[int, Part] = {}
+        stackable: dict[int, LayerPreconditioner] = {}
+        for index in range(len(self._layers)):
+            one = self._begin(index, versions, loss_scale)
+            if isinstance(one, Part):
+                parts[index] = one
+            elif isinstance(one, LayerPreconditioner):
+                stackable[index] = one
             elif one is not None:
-                steps.append(one)
-        return steps
+                found.append(one)
+        directions = precondition_parts(list(parts.values()))
+        for (index, part), direction in zip(parts.items(), directions, strict=True):
+            found.append(InGradientSpace(self._layers[index], part.gradient, direction))
+        stacked, others = self._stacks.of(stackable)
+        found += [stack.direction() for stack in stacked]
+        for index, ready in others.items():
+            layer = self._layers[index]
+            found.append(_alone(layer, layer.gradient(), ready))
+        return found
 
     def _begin(
         self, index: int, versions: Sequence[Version | None], loss_scale: float | Tensor
-    ) -> _Step | Part | _Whole | None:
+    ) -> Direction | Part | LayerPreconditioner | None:
+        # The last but one waits for the other parts, the last for others of its shape.
         layer = self._layers[index]
-        rows = self._rows.take(index)
-        if layer.weight.grad is None:
+        rows, weight = self._rows.take(index), layer.weight.grad
+        if weight is None:
             return None
         if rows is not None:
-            return _InRowSpace(layer, rows, loss_scale)
+            return InRowSpace(layer, rows, loss_scale)
+        ready = self._ready.get(index, versions, weight.device, weight.dtype)
+        if ready is not None and self._stacks.may_have(layer):
+            return ready
         gradient = layer.gradient()
         if gradient is None:
             return None
-        ready = self._ready.get(index, versions, gradient.device, gradient.dtype)
         if ready is None:
-            return _InGradientSpace(layer, gradient, gradient)
+            return InGradientSpace(layer, gradient, gradient)
+        if layer.shard is None:
+            return _alone(layer, gradient, ready)
         gradient = gradient.to(ready.activations.tensor.dtype)
-        if layer.shard is not None:
-            return Part(layer.shard, gradient, ready)
-        if stacks.faster_on(gradient.device) and gradient.numel() <= _MOST_STACKED:
-            return _Whole(gradient, ready)
-        return _InGradientSpace(layer, gradient, ready.apply(gradient))
+        return Part(layer.shard, gradient, ready)
 
-    def _predict(self, steps: Sequence[_Step], kl_clip: float | None) -> Prediction:
-        device = steps[0].layer.weight.device
-        products = _over_ranks([step.inner() for step in steps], steps)
-        lr = self._learning_rates(steps, device)
+    def _predict(
+        self, directions: Sequence[Direction], kl_clip: float | None
+    ) -> Prediction:
+        products = _over_ranks([one.inner() for one in directions], directions)
+        layers = _layers_of(directions)
+        lr = self._learning_rates(layers, products.device)
         finite = products.isfinite()
         count = (~finite).sum()
         self._not_finite = (
-            count if self._not_finite is None else self._not_finite.to(device) + count
+            count
+            if self._not_finite is None
+            else self._not_finite.to(count.device) + count
         )
         products = products.where(finite, 0.0)
         square = (products * lr.square()).sum()
@@ -215,35 +173,52 @@ class Apply:
             scale = kl_scale(square, kl_clip=kl_clip)
         return Prediction((products * lr).sum(), square, scale)
 
-    def _learning_rates(self, steps: Sequence[_Step], device: torch.device) -> Tensor:
-        # Copied to the device only when they change: each copy would stop a GPU.
-        rates = [step.layer.learning_rate for step in steps]
+    def _learning_rates(
+        self, layers: Sequence[TrackedLayer], device: torch.device
+    ) -> Tensor:
+        rates = [_plain(layer.learning_rate) for layer in layers]
         if any(isinstance(rate, Tensor) for rate in rates):
             return torch.stack(
                 [torch.as_tensor(r, dtype=torch.float64, device=device) for r in rates]
             )
         known = self._rates
         if known is None or known[0] != rates or known[1].device != device:
-            found = torch.tensor(rates, dtype=torch.float64, device=device)
-            self._rates = known = rates, found
+            self._rates = known = rates, numbers_on(device, [float(r) for r in rates])
         return known[1]
 
 
-def _over_ranks(values: Sequence[Tensor], steps: Sequence[_Step]) -> Tensor:
+def _alone(
+    layer: TrackedLayer, gradient: Tensor | None, ready: LayerPreconditioner
+) -> InGradientSpace:
+    assert gradient is not None
+    gradient = gradient.to(ready.activations.tensor.dtype)
+    return InGradientSpace(layer, gradient, ready.apply(gradient))
+
+
+def _plain(rate: float | Tensor) -> float | Tensor:
+    # A copy of a tensor to a GPU would wait for it, unlike one of a number.
+    on_host = isinstance(rate, Tensor) and rate.device.type == "cpu"
+    return float(rate) if on_host else rate
+
+
+def _grafts(directions: Sequence[Direction]) -> list[Factor]:
+    sides = zip(*(one.squares() for one in directions), strict=True)
+    gradients, squares = (_over_ranks(side, directions) for side in sides)
+    scales = graft_scale(gradients, squares)
+    split = torch.split(scales, [len(one.layers) for one in directions])
+    return [
+        Factor(own if isinstance(one, InStack) else own.squeeze(0))
+        for one, own in zip(directions, split, strict=True)
+    ]
+
+
+def _over_ranks(values: Sequence[Tensor], directions: Sequence[Direction]) -> Tensor:
     # A number of each layer, of the whole layer.
-    device = steps[0].layer.weight.device
-    numbers = torch.stack([value.to(device) for value in values]).double()
-    return sum_sharded(numbers, [step.layer.shard for step in steps])
+    layers = _layers_of(directions)
+    device = layers[0].weight.device
+    flat = [value.to(device).reshape(-1) for value in values]
+    return sum_sharded(torch.cat(flat).double(), [layer.shard for layer in layers])
 
 
-def _write(steps: Sequence[_Step], factor: _Factor) -> None:
-    in_place: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
-    for step in steps:
-        if isinstance(step, _InGradientSpace):
-            direction = step.direction
-            step.layer.set_gradient(direction, factor.like(direction))
-            continue
-        for gradient in step.layer.gradients:
-            in_place[gradient.device, gradient.dtype].append(gradient)
-    for gradients in in_place.values():
-        torch._foreach_mul_(gradients, factor.like(gradients[0]))
+def _layers_of(directions: Sequence[Direction]) -> list[TrackedLayer]:
+    return [layer for one in directions for layer in one.layers]

@@ -72,6 +72,17 @@ class ReadyVersions:
             self._ready[index] = ready = version, self._copy(version, device, dtype)
         return ready[1]
 
+    def hold(self, index: int, ready: LayerPreconditioner) -> None:
+        """Hold what a layer is preconditioned with in other memory, from now on.
+
+        Args:
+            index: Of a layer that has a version.
+            ready: What `get` gave, held elsewhere.
+        """
+        known = self._ready[index]
+        assert known is not None
+        self._ready[index] = known[0], ready
+
     def _copy(
         self, version: Version, device: torch.device, dtype: torch.dtype
     ) -> LayerPreconditioner:

@@ -205,46 +205,41 @@ class ConvGeometry:
         values = self._batched(derivatives).flatten(2).transpose(1, 2)
         return self._by_group(sum_rows(values, positions, scale, empty))
 
-    def to_matrix(
-        self,
-        weight: Float[Tensor, "first second *kernel"],
-        bias: Float[Tensor, " channels"] | None,
-    ) -> Float[Tensor, "*groups d_out d_in"]:
-        """Join weight and bias.
+    def to_matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Join weight `[*stack, first, second, *kernel]` and bias `[*stack, channels]`.
 
         Returns:
-            The bias in the last column; a view of the weight if there is none and the
-            memory allows.
+            `[*stack, *groups, d_out, d_in]` with the bias in the last column; a view of
+            the weight if there is none and the memory allows.
         """
         assert (bias is not None) == self.bias
-        first, second, *kernel = weight.shape
-        matrix = weight.reshape(self.groups, first // self.groups, second, *kernel)
+        at = weight.ndim - 2 - len(self.axes)
+        first = weight.shape[at]
+        matrix = torch.unflatten(weight, at, (self.groups, first // self.groups))
         if self._transposed:
-            matrix = matrix.transpose(1, 2)
-        matrix = matrix.flatten(2)
+            matrix = matrix.transpose(at + 1, at + 2)
+        matrix = matrix.flatten(at + 2)
         if bias is not None:
-            column = bias.reshape(self.groups, self.d_out, 1)
-            matrix = torch.cat([matrix, column], 2)
-        return matrix.squeeze(0) if self.groups == 1 else matrix
+            column = torch.unflatten(bias, -1, (self.groups, self.d_out))[..., None]
+            matrix = torch.cat([matrix, column], -1)
+        return matrix.squeeze(at) if self.groups == 1 else matrix
 
-    def from_matrix(
-        self, matrix: Float[Tensor, "*groups d_out d_in"]
-    ) -> tuple[
-        Float[Tensor, "first second *kernel"], Float[Tensor, " channels"] | None
-    ]:
-        """Split a matrix into the shapes of weight and bias.
+    def from_matrix(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Split what `to_matrix` returns into weight and bias.
 
         Returns:
             Views where the memory allows.
         """
-        blocks = matrix.reshape(self.groups, self.d_out, self.d_in)
+        blocks = matrix.unsqueeze(-3) if self.groups == 1 else matrix
+        at = blocks.ndim - 3
         columns = blocks[..., :-1] if self.bias else blocks
-        kernel = [axis.kernel for axis in self.axes]
-        weight = columns.reshape(self.groups, self.d_out, -1, *kernel)
+        weight = torch.unflatten(
+            columns, -1, (-1, *(axis.kernel for axis in self.axes))
+        )
         if self._transposed:
-            weight = weight.transpose(1, 2)
-        bias = blocks[..., -1].flatten() if self.bias else None
-        return weight.flatten(0, 1), bias
+            weight = weight.transpose(at + 1, at + 2)
+        bias = blocks[..., -1].flatten(at) if self.bias else None
+        return weight.flatten(at, at + 1), bias
 
     @property
     def _transposed(self) -> bool:

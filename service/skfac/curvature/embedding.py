@@ -108,25 +108,25 @@ class EmbeddingGeometry:
         return sum_rows(by_sample(derivatives), positions, scale, empty)
 
     def to_matrix(
-        self, weight: Float[Tensor, "d_in d_out"], bias: Tensor | None
-    ) -> Float[Tensor, "d_out d_in"]:
+        self, weight: Float[Tensor, "*stack d_in d_out"], bias: Tensor | None
+    ) -> Float[Tensor, "*stack d_out d_in"]:
         """Turn a weight into the matrix that multiplies one-hot columns.
 
         Returns:
             A view.
         """
         assert bias is None
-        return weight.T
+        return weight.mT
 
     def from_matrix(
-        self, matrix: Float[Tensor, "d_out d_in"]
-    ) -> tuple[Float[Tensor, "d_in d_out"], None]:
+        self, matrix: Float[Tensor, "*stack d_out d_in"]
+    ) -> tuple[Float[Tensor, "*stack d_in d_out"], None]:
         """Turn a matrix into the shape of the weight.
 
         Returns:
             A view, and no bias.
         """
-        return matrix.T, None
+        return matrix.mT, None
 
     def _counts(self, tokens: Int[Tensor, " tokens"]) -> Float[Tensor, " d_in"]:
         # Not bincount: on a GPU it waits for the result. Sums of ones are exact in any

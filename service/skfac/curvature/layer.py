@@ -4,7 +4,6 @@ Source: Martens & Grosse, "Optimizing Neural Networks with Kronecker-factored
 Approximate Curvature", ICML 2015.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -16,7 +15,6 @@ from skfac.curvature.damped import DampedFactor, NoInverse
 from skfac.curvature.damping import DampingSplit, split_damping
 from skfac.curvature.factor import Moment, moment_of
 from skfac.curvature.inverse import FactorInverse, LowRankInverse, invert_factors
-from skfac.curvature.stacks import in_stacks
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,17 +48,6 @@ class LayerPreconditioner:
             derivatives=self.derivatives.with_tensor(derivatives),
         )
 
-    def without_damping(self) -> tuple["LayerPreconditioner", float]:
-        """Take the damping of low-rank inverses out, which is all that is not a tensor.
-
-        Returns:
-            A preconditioner, and what its results lack as a factor.
-        """
-        (activations, first), (derivatives, second) = map(
-            _without_damping, (self.activations, self.derivatives)
-        )
-        return LayerPreconditioner(activations, derivatives), first * second
-
     def apply(
         self, gradient: Float[Tensor, "*groups d_out d_in"]
     ) -> Float[Tensor, "*groups d_out d_in"]:
@@ -70,25 +57,6 @@ class LayerPreconditioner:
             The preconditioned gradient, a new tensor.
         """
         return self.activations.right(self.derivatives.left(gradient))
-
-    def apply_with(
-        self, gradient: Tensor, activations: Tensor, derivatives: Tensor
-    ) -> tuple[Tensor]:
-        """Precondition as `apply` does, but with the tensors of others.
-
-        Args:
-            gradient: One, or a stack of them.
-            activations: The tensor of the activations' inverse, or as many of them.
-            derivatives: The tensor of the derivatives' inverse, or as many of them.
-
-        Returns:
-            What is shaped like `gradient`; the damping is this preconditioner's.
-        """
-        flat = [
-            tensor if tensor.ndim < 4 else tensor.flatten(0, -3)  # a stack of groups
-            for tensor in (gradient, activations, derivatives)
-        ]
-        return (self.with_tensors(*flat[1:]).apply(flat[0]).view_as(gradient),)
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,38 +188,42 @@ def precondition_layers(
     ]
 
 
-def apply_in_stacks(
-    preconditioners: Sequence[LayerPreconditioner], gradients: Sequence[Tensor]
-) -> list[Tensor]:
-    """Precondition gradients of equal shapes together; see `stacks`.
-
-    It rounds otherwise than `LayerPreconditioner.apply`, also on the CPU.
+def stack_preconditioners(
+    ones: Sequence[LayerPreconditioner],
+) -> tuple[LayerPreconditioner, list[float], list[LayerPreconditioner]]:
+    """Put preconditioners whose forms and shapes are equal in one stack.
 
     Args:
-        preconditioners: One a layer, on the device and in the dtype of its gradient.
-        gradients: One a layer, `[*groups, d_out, d_in]`.
+        ones: At least one, all on one device.
 
     Returns:
-        The preconditioned gradients, new tensors.
+        One for matrices in a stack, `[ones * groups, d_out, d_in]`, of which low-rank
+        inverses have no damping; the factor that the result of each one lacks for it;
+        and each one again, as a view of the stack.
     """
-    undamped = [one.without_damping() for one in preconditioners]
-    alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
-    for i, ((one, _), gradient) in enumerate(zip(undamped, gradients, strict=True)):
-        forms = type(one.activations), type(one.derivatives)
-        alike[*forms, gradient.device, gradient.dtype].append(i)
-    found: dict[int, Tensor] = {}
-    for places in alike.values():
-        operands = [(gradients[i], *undamped[i][0].tensors) for i in places]
-        results = in_stacks(
-            undamped[places[0]][0].apply_with, *zip(*operands, strict=True)
-        )
-        directions = [direction for (direction,) in results]
-        torch._foreach_mul_(directions, [undamped[i][1] for i in places])
-        found.update(zip(places, directions, strict=True))
-    return [found[i] for i in range(len(gradients))]
+    undamped = [_without_damping(one) for one in ones]
+    stacks = [
+        torch.stack(side) for side in zip(*(o.tensors for o in ones), strict=True)
+    ]
+    views = [
+        one.with_tensors(*tensors) for one, *tensors in zip(ones, *stacks, strict=True)
+    ]
+    flat = [stack.flatten(0, -3) for stack in stacks]
+    return (
+        undamped[0][0].with_tensors(*flat),
+        [factor for _, factor in undamped],
+        views,
+    )
 
 
-def _without_damping(inverse: FactorInverse) -> tuple[FactorInverse, float]:
+def _without_damping(one: LayerPreconditioner) -> tuple[LayerPreconditioner, float]:
+    (activations, first), (derivatives, second) = map(
+        _undamped, (one.activations, one.derivatives)
+    )
+    return LayerPreconditioner(activations, derivatives), first * second
+
+
+def _undamped(inverse: FactorInverse) -> tuple[FactorInverse, float]:
     # All other forms have it in their tensor.
     if isinstance(inverse, LowRankInverse):
         return replace(inverse, damping=1.0), 1 / inverse.damping

@@ -92,9 +92,9 @@ class LinearGeometry:
 
     def to_matrix(
         self,
-        weight: Float[Tensor, "rows columns"],
-        bias: Float[Tensor, " d_out"] | None,
-    ) -> Float[Tensor, "d_out d_in"]:
+        weight: Float[Tensor, "*stack rows columns"],
+        bias: Float[Tensor, "*stack d_out"] | None,
+    ) -> Float[Tensor, "*stack d_out d_in"]:
         """Join weight and bias.
 
         Returns:
@@ -102,11 +102,13 @@ class LinearGeometry:
         """
         assert (bias is not None) == self.bias
         matrix = self._turned(weight)
-        return matrix if bias is None else torch.cat([matrix, bias[:, None]], 1)
+        return matrix if bias is None else torch.cat([matrix, bias[..., None]], -1)
 
     def from_matrix(
-        self, matrix: Float[Tensor, "d_out d_in"]
-    ) -> tuple[Float[Tensor, "rows columns"], Float[Tensor, " d_out"] | None]:
+        self, matrix: Float[Tensor, "*stack d_out d_in"]
+    ) -> tuple[
+        Float[Tensor, "*stack rows columns"], Float[Tensor, "*stack d_out"] | None
+    ]:
         """Split a matrix into the shapes of weight and bias.
 
         Returns:
@@ -114,10 +116,10 @@ class LinearGeometry:
         """
         if not self.bias:
             return self._turned(matrix), None
-        return self._turned(matrix[:, :-1]), matrix[:, -1]
+        return self._turned(matrix[..., :-1]), matrix[..., -1]
 
     def _turned(self, matrix: Tensor) -> Tensor:
-        return matrix if self.kind == "linear" else matrix.T
+        return matrix if self.kind == "linear" else matrix.mT
 
 
 def linear_geometry(module: nn.Linear, *, bias: bool) -> LinearGeometry:
