@@ -14,9 +14,8 @@ from skfac.curvature.inverse import (
     DiagonalInverse,
     FactorInverse,
     LowRankInverse,
-    invert_factor,
-    invert_moment,
 )
+from skfac.curvature.invert import invert_factor, invert_moment
 from tests.support.dense import dense_inverse, factor, normal, relative_error
 from tests.support.weighted import diagonal_factor, kept_matrix
 

@@ -12,9 +12,8 @@ from skfac.curvature.inverse import (
     DiagonalInverse,
     FactorInverse,
     LowRankInverse,
-    invert_factors,
-    invert_moment,
 )
+from skfac.curvature.invert import invert_factors, invert_moment
 from skfac.curvature.layer import (
     DampedLayer,
     LayerPreconditioner,

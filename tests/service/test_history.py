@@ -208,13 +208,13 @@ def test_what_cannot_be_inverted_stays_in_the_history(monkeypatch):
     rows = sent[0].layers[0]
     large = LayerRows(0, 1e5 * rows.activations, 1e5 * rows.derivatives)
     sent[0] = replace(sent[0], layers=(large,))
-    folds, fold = [], LayerHistory.fold
+    folds, fold = [], LayerHistory.with_update
 
     def counted(self, *arguments):
         folds.append(self.updates)
         return fold(self, *arguments)
 
-    monkeypatch.setattr(LayerHistory, "fold", counted)
+    monkeypatch.setattr(LayerHistory, "with_update", counted)
     first = solved(Task("job", spec, assembly_of(sent[:1]), 0.0))
 
     assert isinstance(first.outcome, Loss)

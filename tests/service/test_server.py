@@ -12,7 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
-from skfac.curvature.inverse import invert_factor
+from skfac.curvature.invert import invert_factor
 from skfac.curvature.layer import precondition_layer
 from skfac.curvature.settings import CurvatureSettings
 from skfac.v1 import preconditioning_pb2 as pb

@@ -21,9 +21,9 @@ from skfac.client.row_space import RowSpace
 from skfac.client.shards import Part, precondition_parts, sum_sharded
 from skfac.client.stacked import Stacks
 from skfac.curvature.layer import LayerPreconditioner
+from skfac.curvature.stacks import numbers_on
 from skfac.curvature.trust import Trust, graft_scale, kl_scale
 from skfac.wire.outcome import Version
-from skfac.wire.staging import numbers_on
 
 
 @dataclass(frozen=True, eq=False)

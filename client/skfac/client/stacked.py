@@ -16,7 +16,6 @@ from skfac.client.layers import TrackedLayer
 from skfac.client.ready import ReadyVersions
 from skfac.curvature import stacks
 from skfac.curvature.layer import LayerPreconditioner, stack_preconditioners
-from skfac.wire.staging import numbers_on
 
 MOST_STACKED = 1 << 22
 """Numbers of a gradient; one that has more keeps a GPU busy by itself."""
@@ -125,5 +124,5 @@ class Stacks:
             del self._others[index]
         layers = tuple(self._layers[index] for index in indices)
         like = versions.activations.tensor
-        numbers = numbers_on(like.device, factors).to(like.dtype)
+        numbers = stacks.numbers_on(like.device, factors).to(like.dtype)
         return StackedLayers(layers, versions, numbers)

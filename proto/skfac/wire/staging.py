@@ -122,17 +122,6 @@ class Staging:
         return HostCopy(copies, done)
 
 
-def numbers_on(device: torch.device, values: Sequence[float]) -> Tensor:
-    """Copy numbers to a device, without waiting for what it does.
-
-    Returns:
-        They, in float64.
-    """
-    pinned = device.type == "cuda"
-    numbers = torch.tensor(values, dtype=torch.float64, pin_memory=pinned)
-    return numbers.to(device, non_blocking=True)
-
-
 def _widened(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, dtype))
 

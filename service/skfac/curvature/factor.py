@@ -16,6 +16,7 @@ the directions that stay, and the multiple is the one that leaves the trace as i
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -23,6 +24,9 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from skfac.curvature import stacks
+from skfac.curvature.stacks import Operation, in_stacks, read_numbers
 
 Form = Literal["rows", "dense", "diagonal"]
 
@@ -59,7 +63,7 @@ class Moment:
 
     @cached_property  # a pass over the tensor, and asked for more than once
     def trace(self) -> float:
-        """The trace of what `tensor` holds, summed over groups."""
+        """The trace of what `tensor` holds, summed over groups; see `look_at`."""
         if self.form == "rows":
             norm = float(torch.linalg.vector_norm(self.tensor))
             return norm * norm
@@ -78,6 +82,21 @@ class Moment:
     def mean_dropped(self) -> float:
         """What truncation takes off the mean eigenvalue; damping gives it back."""
         return self.dropped / (self.weight * max(self.eigenvalues, 1))
+
+    def check(self) -> None:
+        """Check that a moment of `moments_of` is of some examples, and finite.
+
+        Raises:
+            ValueError: If it is not.
+        """
+        if self.weight < 1:
+            shape = tuple(self.tensor.shape)
+            raise ValueError(f"A factor needs at least one row, got shape {shape}.")
+        if not math.isfinite(self.trace):
+            raise ValueError(
+                "The rows of a factor must be finite; the sum of their squares is "
+                f"{self.trace}."
+            )
 
     def scaled(self, by: float) -> "Moment":
         """Give the factor another weight.
@@ -164,21 +183,62 @@ def moment_of(
         ValueError: If there are no examples, or numbers in `rows` are not finite or too
             large for float64.
     """
-    if count < 1:
-        raise ValueError(
-            f"A factor needs at least one row, got shape {tuple(rows.shape)}."
-        )
-    tensor = rows.to(torch.float64, copy=True)  # a history outlives its caller's rows
-    if diagonal:
-        tensor = tensor.square().sum(-2, keepdim=True)
-    # The weight n, not 1: unscaled rows lose nothing to rounding.
-    moment = Moment("diagonal" if diagonal else "rows", tensor, float(count))
-    if not math.isfinite(moment.trace):
-        raise ValueError(
-            "The rows of a factor must be finite; the sum of their squares is "
-            f"{moment.trace}."
-        )
+    (moment,) = moments_of([rows], counts=[count], diagonal=[diagonal])
+    moment.check()
     return moment
+
+
+def moments_of(
+    sides: Sequence[Tensor], *, counts: Sequence[int], diagonal: Sequence[bool]
+) -> list[Moment]:
+    """Take moments as `moment_of` does, many together and unchecked.
+
+    Args:
+        sides: Rows of each, on one device.
+        counts: The examples of each.
+        diagonal: Of each whether it is diagonal.
+
+    Returns:
+        Moments that `Moment.check` is yet to be asked of.
+    """
+    tensors = [tensor for (tensor,) in in_stacks(_in_float64, sides)]
+    # The weight n, not 1: unscaled rows lose nothing to rounding.
+    return [
+        Moment("diagonal", tensor.square().sum(-2, keepdim=True), float(count))
+        if on_diagonal
+        else Moment("rows", tensor, float(count))
+        for tensor, count, on_diagonal in zip(tensors, counts, diagonal, strict=True)
+    ]
+
+
+def look_at(moments: Sequence[Moment]) -> None:
+    """Find the traces of many moments at once, where asking one by one is slow.
+
+    On a GPU each question would wait for the answer. On the CPU nothing is done.
+
+    Args:
+        moments: On one device.
+    """
+    unknown = [moment for moment in moments if "trace" not in vars(moment)]
+    if not unknown or not stacks.faster_on(unknown[0].tensor.device):
+        return
+    for form, operation in _TRACES.items():
+        some = [moment for moment in unknown if moment.form == form]
+        found = in_stacks(operation, [moment.tensor for moment in some])
+        traces = read_numbers([trace for (trace,) in found])
+        for moment, blocks in zip(some, traces, strict=True):
+            vars(moment)["trace"] = sum(blocks)  # where the property keeps it
+
+
+def _in_float64(rows: Tensor) -> tuple[Tensor]:
+    return (rows.to(torch.float64, copy=True),)  # a history outlives its caller's rows
+
+
+_TRACES: dict[Form, Operation] = {
+    "rows": lambda rows: (torch.linalg.vector_norm(rows, dim=(-2, -1)).square(),),
+    "diagonal": lambda diagonal: (diagonal.sum((-2, -1)),),
+    "dense": lambda matrix: (matrix.diagonal(dim1=-2, dim2=-1).sum(-1),),
+}
 
 
 def add_moments(*moments: Moment) -> Moment:

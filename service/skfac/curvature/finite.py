@@ -7,8 +7,9 @@ time that `isfinite` takes. Finite terms can overflow; then the terms are looked
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
+
+from skfac.curvature.stacks import in_stacks, read_numbers
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -26,10 +27,12 @@ def are_finite(tensors: Sequence[Tensor]) -> list[bool]:
     Returns:
         Of each whether it has none.
     """
-    if not tensors:
-        return []
-    sums = torch.stack([tensor.sum().double() for tensor in tensors]).tolist()
-    return list(map(_all_finite, tensors, sums))
+    flat = [tensor.reshape(-1) for tensor in tensors]
+    sums = in_stacks(lambda one: (one.sum(-1).double(),), flat)
+    totals = read_numbers([total for (total,) in sums])
+    return [
+        _all_finite(one, *total) for one, total in zip(tensors, totals, strict=True)
+    ]
 
 
 def _all_finite(tensor: Tensor, total: float) -> bool:

@@ -17,6 +17,7 @@ needs no correction for having started at zero.
 `docs/history.md` has the costs and errors of each.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,9 +25,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 from skfac.curvature.damping import DampingSplit
-from skfac.curvature.factor import Moment, add_moments, moment_of
+from skfac.curvature.factor import Moment, add_moments, look_at, moments_of
 from skfac.curvature.layer import LayerPreconditioner, precondition_moments
 from skfac.curvature.settings import CurvatureSettings, History
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """What one update adds to a layer's factors.
+
+    Attributes:
+        moments: Of both, activations first; not checked yet.
+        dtype: Of the derivative rows.
+    """
+
+    moments: tuple[Moment, Moment]
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,24 +105,37 @@ class LayerHistory:
             ValueError: If there are no rows, or they are not finite.
             torch.linalg.LinAlgError: If the history cannot be compressed.
         """
-        count = derivatives.shape[-2]
-        assert self.diagonal or activations.shape[-2] == count, "One row per example."
-        sides = (
-            moment_of(activations, count=count, diagonal=self.diagonal),
-            moment_of(derivatives, count=count),
-        )
-        kept = [
-            _fold(self.history, older, newest, settings)
-            for older, newest in zip(
-                (self.activations, self.derivatives), sides, strict=True
-            )
-        ]
+        (update,) = updates_of([(activations, derivatives)], diagonal=[self.diagonal])
+        return self.with_update(update, settings)
+
+    def with_update(
+        self, update: "Update", settings: CurvatureSettings
+    ) -> "LayerHistory":
+        """Take in an update, as `fold` does.
+
+        Args:
+            update: One of `updates_of`.
+            settings: As for `fold`.
+
+        Returns:
+            A new history; this one is as it was.
+
+        Raises:
+            ValueError: As `fold` does.
+            torch.linalg.LinAlgError: As `fold` does.
+        """
+        kept = []
+        older = self.activations, self.derivatives
+        for newest in update.moments:
+            newest.check()
+        for moments, newest in zip(older, update.moments, strict=True):
+            kept.append(_fold(self.history, moments, newest, settings))
         return replace(
             self,
             activations=kept[0],
             derivatives=kept[1],
             updates=self._updates(kept[1], settings),
-            dtype=derivatives.dtype,
+            dtype=update.dtype,
         )
 
     def precondition(
@@ -160,6 +187,34 @@ class LayerHistory:
         if self.history == "ema" and settings.decay > 0:
             return self.updates + 1
         return len(kept)
+
+
+def updates_of(
+    rows: Sequence[tuple[Tensor, Tensor]], *, diagonal: Sequence[bool]
+) -> list[Update]:
+    """Take the updates of many layers together.
+
+    Args:
+        rows: Of the activation and the derivative factor of each, as for
+            `LayerHistory.fold`, on one device.
+        diagonal: Of each whether its activation factor is diagonal.
+
+    Returns:
+        One update each.
+    """
+    counts = [derivatives.shape[-2] for _, derivatives in rows]
+    for (activations, _), count, one in zip(rows, counts, diagonal, strict=True):
+        assert one or activations.shape[-2] == count, "One row per example."
+    moments = moments_of(
+        [side for sides in rows for side in sides],
+        counts=[count for count in counts for _ in range(2)],
+        diagonal=[side for one in diagonal for side in (one, False)],
+    )
+    look_at(moments)
+    pairs = zip(moments[::2], moments[1::2], strict=True)
+    return [
+        Update(pair, sides[1].dtype) for pair, sides in zip(pairs, rows, strict=True)
+    ]
 
 
 def _fold(

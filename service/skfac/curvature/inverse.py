@@ -1,34 +1,15 @@
-"""Damped inverse of one Kronecker factor, from the rows it is made of.
+"""Forms in which the damped inverse of a Kronecker factor is kept, sent and applied.
 
-The factor is `A = Xᵀ X / n` for rows `X: [n, d]`. With `n < d` it has rank at most
-`n`, and with `U = Xᵀ/√n` and `L Lᵀ = Uᵀ U + λ I` (only `n × n`) the inverse is
-
-    (A + λ I)⁻¹ = (I - V Vᵀ) / λ,    V = U L⁻ᵀ,
-
-which is `Xᵀ M⁻ᵀ` with `M Mᵀ = X Xᵀ + n λ I`, so that nothing is divided by `n`. The
-`d × d` inverse is never formed, sent or applied. Otherwise the `d × d` matrix is
-inverted by Cholesky. With groups the factor is block diagonal: all of this holds for
-each block, under one damping.
-
-Source: Tang et al., "SKFAC: Training Neural Networks with Faster
-Kronecker-Factored Approximate Curvature", CVPR 2021. Deviations: products and
-factorizations run in float64, because the error inside the span of the rows is
-about eps·κ with κ = (λ_max + λ)/λ, and the matrices are small. `V` is a product with
-the explicit `L⁻¹`: its error is of the same order, and products run at several times
-the speed of triangular solves.
+`skfac.curvature.invert` says how each comes about. A low-rank inverse is applied
+without ever forming the `d × d` matrix. With groups each form has one block a group.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-
-from skfac.curvature.damped import DampedFactor, NoInverse
-from skfac.curvature.factor import Moment, moment_of
-from skfac.curvature.stacks import in_stacks
 
 
 @runtime_checkable
@@ -239,148 +220,3 @@ class DiagonalInverse:
             `matrix (A + λ I)⁻¹`.
         """
         return matrix * self.diagonal
-
-
-def invert_factor(
-    rows: Float[Tensor, "*groups n dim"], *, damping: float
-) -> FactorInverse:
-    """Invert the damped second moment `Xᵀ X / n + λ I` of `rows`.
-
-    Args:
-        rows: `X`, one row per example, finite, float32 or float64. Not modified.
-        damping: `λ > 0`, added to every eigenvalue of the factor.
-
-    Returns:
-        A `LowRankInverse` if `n < d`, else a `DenseInverse`; on the device and in the
-        dtype of `rows`.
-
-    Raises:
-        ValueError: If there are no rows, they are not finite, or `damping` is not
-            positive.
-        torch.linalg.LinAlgError: If the damped factor is not positive definite, or so
-            badly conditioned that the inverse would not be in the dtype of `rows`.
-    """
-    moment = moment_of(rows, count=rows.shape[-2])
-    return invert_moment(moment, damping=damping, dtype=rows.dtype)
-
-
-def invert_moment(
-    moment: Moment, *, damping: float, dtype: torch.dtype
-) -> FactorInverse:
-    """Invert the damped factor of a moment.
-
-    Args:
-        moment: `weight · A`.
-        damping: `λ > 0`; see `DampedFactor`.
-        dtype: What the result is rounded to.
-
-    Returns:
-        A `LowRankInverse` of fewer rows than `d`, a `DiagonalInverse` of a diagonal,
-        else a `DenseInverse`; on the device of `moment`.
-
-    Raises:
-        ValueError: If `damping` is not positive.
-        torch.linalg.LinAlgError: If the damped factor is not positive definite, or so
-            badly conditioned that the inverse would not be in `dtype`.
-    """
-    (found,) = invert_factors([DampedFactor(moment, damping, dtype)])
-    if isinstance(found, NoInverse):
-        raise torch.linalg.LinAlgError(found.reason)  # type: ignore[attr-defined]  # C++ defines it
-    return found
-
-
-def invert_factors(factors: Sequence[DampedFactor]) -> list[FactorInverse | NoInverse]:
-    """Invert many damped factors together.
-
-    On the CPU each result has the bits that it has alone; see `stacks`.
-
-    Args:
-        factors: On one device.
-
-    Returns:
-        For each what `invert_moment` returns, or why it has none.
-    """
-    grams = [factor for factor in factors if factor.moment.form != "diagonal"]
-    others = iter(_invert_grams(grams) if grams else ())
-    return [
-        _invert_diagonal(factor) if factor.moment.form == "diagonal" else next(others)
-        for factor in factors
-    ]
-
-
-def _invert_diagonal(factor: DampedFactor) -> DiagonalInverse:
-    moment, damping = factor.moment, factor.total_damping
-    diagonal = (moment.tensor / moment.weight + damping).reciprocal()
-    return DiagonalInverse(diagonal.to(factor.dtype), damping)
-
-
-def _invert_grams(factors: list[DampedFactor]) -> list[FactorInverse | NoInverse]:
-    grams = _damped_grams(factors)
-    factorized = in_stacks(torch.linalg.cholesky_ex, grams)
-    minors = torch.stack([info.amax() for _, info in factorized]).tolist()  # waits once
-    found: dict[int, FactorInverse | NoInverse] = {}
-    good: dict[bool, list[int]] = {True: [], False: []}
-    for i, (factor, gram) in enumerate(zip(factors, grams, strict=True)):
-        refusal = factor.refusal(gram, minors[i])
-        if refusal is None:
-            good[factor.low_rank].append(i)
-        else:
-            found[i] = refusal
-    for low_rank, invert in ((True, _low_rank_inverses), (False, _dense_inverses)):
-        places = good[low_rank]
-        choleskys = [factorized[i][0] for i in places]
-        inverses = invert([factors[i] for i in places], choleskys)
-        found.update(zip(places, inverses, strict=True))
-    return [found[i] for i in range(len(factors))]
-
-
-def _damped_grams(factors: list[DampedFactor]) -> list[Tensor]:
-    # Times the weight, which need not be divided by: of the rows if there are fewer of
-    # them than columns, else of the columns.
-    by_rows = [factor for factor in factors if factor.moment.form == "rows"]
-    sides = [
-        factor.moment.tensor if factor.low_rank else factor.moment.tensor.mT
-        for factor in by_rows
-    ]
-    products = iter(in_stacks(lambda side: (side @ side.mT,), sides))
-    grams = []
-    for factor in factors:
-        moment = factor.moment
-        gram = next(products)[0] if moment.form == "rows" else moment.tensor.clone()
-        gram.diagonal(dim1=-2, dim2=-1).add_(moment.weight * factor.total_damping)
-        grams.append(gram)
-    return grams
-
-
-def _low_rank_inverses(
-    factors: list[DampedFactor], choleskys: list[Tensor]
-) -> list[FactorInverse]:
-    roots = [root for (root,) in in_stacks(_inverse_root, choleskys)]
-    rows = [factor.moment.tensor for factor in factors]
-    bases = in_stacks(lambda root, rows: (root @ rows,), roots, rows)
-    return [
-        LowRankInverse(basis.to(factor.dtype), factor.total_damping)
-        for factor, (basis,) in zip(factors, bases, strict=True)
-    ]
-
-
-def _inverse_root(cholesky: Tensor) -> tuple[Tensor]:
-    identity = torch.eye(
-        cholesky.shape[-1], dtype=cholesky.dtype, device=cholesky.device
-    )
-    return (torch.linalg.solve_triangular(cholesky, identity, upper=False),)
-
-
-def _dense_inverses(
-    factors: list[DampedFactor], choleskys: list[Tensor]
-) -> list[FactorInverse]:
-    # LAPACK leaves column-major results, on which products round differently: the same
-    # inverse, sent over a wire, would not give the same bits.
-    matrices = in_stacks(lambda factor: (torch.cholesky_inverse(factor),), choleskys)
-    return [
-        DenseInverse(
-            (matrix.mT * factor.moment.weight).to(factor.dtype).contiguous(),
-            factor.total_damping,
-        )
-        for factor, (matrix,) in zip(factors, matrices, strict=True)
-    ]

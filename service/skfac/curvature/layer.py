@@ -14,7 +14,8 @@ from torch import Tensor
 from skfac.curvature.damped import DampedFactor, NoInverse
 from skfac.curvature.damping import DampingSplit, split_damping
 from skfac.curvature.factor import Moment, moment_of
-from skfac.curvature.inverse import FactorInverse, LowRankInverse, invert_factors
+from skfac.curvature.inverse import FactorInverse, LowRankInverse
+from skfac.curvature.invert import invert_factors
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ at up to half the speed for products, and the operands of one matrix stay in the
 """
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -51,3 +52,27 @@ def in_stacks(
         results = [stack.unbind() for stack in operation(*stacks)]
         found.update(zip(places, zip(*results, strict=True), strict=True))
     return [found[place] for place in range(len(whole))]
+
+
+def read_numbers(tensors: Sequence[Tensor]) -> list[list[float]]:
+    """Read small tensors of one device and dtype, waiting for a GPU once.
+
+    Returns:
+        The numbers of each.
+    """
+    if not tensors:
+        return []
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    numbers = iter(flat.double().tolist())
+    return [list(islice(numbers, tensor.numel())) for tensor in tensors]
+
+
+def numbers_on(device: torch.device, values: Sequence[float]) -> Tensor:
+    """Copy numbers to a device, without waiting for what it does.
+
+    Returns:
+        They, in float64.
+    """
+    pinned = device.type == "cuda"
+    numbers = torch.tensor(values, dtype=torch.float64, pin_memory=pinned)
+    return numbers.to(device, non_blocking=True)

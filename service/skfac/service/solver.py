@@ -9,9 +9,9 @@ from torch import Tensor
 
 from skfac.curvature import stacks
 from skfac.curvature.damped import NoInverse
-from skfac.curvature.factor import Moment
+from skfac.curvature.factor import Moment, look_at
 from skfac.curvature.finite import are_finite
-from skfac.curvature.history import LayerHistory
+from skfac.curvature.history import LayerHistory, updates_of
 from skfac.curvature.layer import (
     DampedLayer,
     LayerPreconditioner,
@@ -130,51 +130,61 @@ class Solver:
             yield from ([task] for task in batch)
 
     def _solve_part(self, part: Sequence[Task]) -> list[Solution]:
-        solutions: dict[int, Solution] = {}
-        folded: dict[int, _Folded] = {}
-        for place, task in enumerate(part):
-            prepared = self._prepare(task)
-            if isinstance(prepared, Solution):
-                solutions[place] = prepared
-            else:
-                folded[place] = prepared
-        inverted = self._invert(list(folded.values()))
+        with self._staging.stream():
+            solutions: dict[int, Solution] = {}
+            folded: dict[int, _Folded] = {}
+            for place, one in enumerate(self._fold(part)):
+                if isinstance(one, Solution):
+                    solutions[place] = one
+                else:
+                    folded[place] = one
+            look_at([moment for one in folded.values() for moment in one.moments])
+            inverted = self._invert(list(folded.values()))
         solutions.update(zip(folded, inverted, strict=True))
         return [solutions[place] for place in range(len(part))]
 
-    def _prepare(self, task: Task) -> _Folded | Solution:
-        assembly = task.assembly
-        name = task.spec.layers[assembly.layer].name
+    def _fold(self, part: Sequence[Task]) -> Iterator[_Folded | Solution]:
+        histories = [self._before(task) for task in part]
+        updates = iter(
+            updates_of(
+                [self._rows(task.assembly) for task in part if task.assembly.count],
+                diagonal=[
+                    history.diagonal
+                    for task, history in zip(part, histories, strict=True)
+                    if task.assembly.count
+                ],
+            )
+        )
+        for task, history in zip(part, histories, strict=True):
+            assembly, name = task.assembly, _name(task)
+            if not assembly.count:
+                text = f"No rank had rows of layer {name!r} at step {assembly.step}."
+                yield _lost(task, "empty", text, history)
+                continue
+            kept = history
+            try:
+                kept = history.with_update(next(updates), assembly.agreed)
+                yield _Folded(task, kept, kept.mean(assembly.agreed))
+            except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+                yield _failed(task, str(error), kept)
+
+    def _before(self, task: Task) -> LayerHistory:
+        # The history of a task, with what nothing was to be solved of.
+        diagonal = task.spec.layers[task.assembly.layer].diagonal
         history = task.history or LayerHistory.empty(
-            task.spec.history, diagonal=task.spec.layers[assembly.layer].diagonal
+            task.spec.history, diagonal=diagonal
         )
         for old in task.earlier:
-            history, problem = self._fold(history, old)
-            if problem:
+            try:
+                history = history.fold(*self._rows(old), old.agreed)
+            except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
                 text = "Job %r: step %d of layer %r is not in its history: %s"
-                logger.warning(text, task.spec.job, old.step, name, problem)
-        if not assembly.count:
-            text = f"No rank had rows of layer {name!r} at step {assembly.step}."
-            return _lost(task, "empty", text, history)
-        history, problem = self._fold(history, assembly)
-        if problem:
-            return _failed(task, problem, history)
-        try:
-            with self._staging.stream():
-                return _Folded(task, history, history.mean(assembly.agreed))
-        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-            return _failed(task, str(error), history)
+                logger.warning(text, task.spec.job, old.step, _name(task), error)
+        return history
 
-    def _fold(
-        self, history: LayerHistory, assembly: Assembly
-    ) -> tuple[LayerHistory, str]:
-        # The second is why the rows are not in it, or nothing.
-        try:
-            with self._staging.stream():
-                activations, derivatives = map(self._joined, assembly.sides)
-                return history.fold(activations, derivatives, assembly.agreed), ""
-        except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
-            return history, str(error)
+    def _rows(self, assembly: Assembly) -> tuple[Tensor, Tensor]:
+        activations, derivatives = map(self._joined, assembly.sides)
+        return activations, derivatives
 
     def _joined(self, parts: Sequence[Tensor]) -> Tensor:
         # Joined there, not here: a GPU does so faster, and copies pinned memory only.
@@ -201,17 +211,16 @@ class Solver:
     def _precondition(
         self, layers: list[DampedLayer]
     ) -> list[LayerPreconditioner | NoInverse]:
-        with self._staging.stream():
-            found = precondition_layers(layers)
-            tensors = [
-                tensor
-                for preconditioner in found
-                if isinstance(preconditioner, LayerPreconditioner)
-                for tensor in preconditioner.tensors
-            ]
-            copies = self._staging.to_host(tensors)
-            finite = iter(are_finite(tensors))  # where they were made, meanwhile
-            host = iter(copies.wait())
+        found = precondition_layers(layers)
+        tensors = [
+            tensor
+            for preconditioner in found
+            if isinstance(preconditioner, LayerPreconditioner)
+            for tensor in preconditioner.tensors
+        ]
+        copies = self._staging.to_host(tensors)
+        finite = iter(are_finite(tensors))  # where they were made, meanwhile
+        host = iter(copies.wait())
         return [
             preconditioner
             if isinstance(preconditioner, NoInverse)
@@ -246,10 +255,13 @@ def _solved(
 def _failed(
     task: Task, reason: str, history: LayerHistory, retries: int = 0
 ) -> Solution:
-    layer, step = task.assembly.layer, task.assembly.step
-    name = task.spec.layers[layer].name
-    text = f"Layer {name!r} at step {step} was not inverted: {reason}"
+    step = task.assembly.step
+    text = f"Layer {_name(task)!r} at step {step} was not inverted: {reason}"
     return _lost(task, "failed", text, history, retries)
+
+
+def _name(task: Task) -> str:
+    return task.spec.layers[task.assembly.layer].name
 
 
 def _lost(

@@ -1,0 +1,205 @@
+"""Damped inverses of Kronecker factors, from the rows they are made of.
+
+The factor is `A = Xᵀ X / n` for rows `X: [n, d]`. With `n < d` it has rank at most
+`n`, and with `U = Xᵀ/√n` and `L Lᵀ = Uᵀ U + λ I` (only `n × n`) the inverse is
+
+    (A + λ I)⁻¹ = (I - V Vᵀ) / λ,    V = U L⁻ᵀ,
+
+which is `Xᵀ M⁻ᵀ` with `M Mᵀ = X Xᵀ + n λ I`, so that nothing is divided by `n`. The
+`d × d` inverse is never formed, sent or applied. Otherwise the `d × d` matrix is
+inverted by Cholesky. With groups the factor is block diagonal: all of this holds for
+each block, under one damping.
+
+Source: Tang et al., "SKFAC: Training Neural Networks with Faster
+Kronecker-Factored Approximate Curvature", CVPR 2021. Deviations: products and
+factorizations run in float64, because the error inside the span of the rows is
+about eps·κ with κ = (λ_max + λ)/λ, and the matrices are small. `V` is a product with
+the explicit `L⁻¹`: its error is of the same order, and products run at several times
+the speed of triangular solves.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from skfac.curvature.damped import DampedFactor, NoInverse
+from skfac.curvature.factor import Moment, moment_of
+from skfac.curvature.inverse import (
+    DenseInverse,
+    DiagonalInverse,
+    FactorInverse,
+    LowRankInverse,
+)
+from skfac.curvature.stacks import in_stacks, numbers_on, read_numbers
+
+
+def invert_factor(
+    rows: Float[Tensor, "*groups n dim"], *, damping: float
+) -> FactorInverse:
+    """Invert the damped second moment `Xᵀ X / n + λ I` of `rows`.
+
+    Args:
+        rows: `X`, one row per example, finite, float32 or float64. Not modified.
+        damping: `λ > 0`, added to every eigenvalue of the factor.
+
+    Returns:
+        A `LowRankInverse` if `n < d`, else a `DenseInverse`; on the device and in the
+        dtype of `rows`.
+
+    Raises:
+        ValueError: If there are no rows, they are not finite, or `damping` is not
+            positive.
+        torch.linalg.LinAlgError: If the damped factor is not positive definite, or so
+            badly conditioned that the inverse would not be in the dtype of `rows`.
+    """
+    moment = moment_of(rows, count=rows.shape[-2])
+    return invert_moment(moment, damping=damping, dtype=rows.dtype)
+
+
+def invert_moment(
+    moment: Moment, *, damping: float, dtype: torch.dtype
+) -> FactorInverse:
+    """Invert the damped factor of a moment.
+
+    Args:
+        moment: `weight · A`.
+        damping: `λ > 0`; see `DampedFactor`.
+        dtype: What the result is rounded to.
+
+    Returns:
+        A `LowRankInverse` of fewer rows than `d`, a `DiagonalInverse` of a diagonal,
+        else a `DenseInverse`; on the device of `moment`.
+
+    Raises:
+        ValueError: If `damping` is not positive.
+        torch.linalg.LinAlgError: If the damped factor is not positive definite, or so
+            badly conditioned that the inverse would not be in `dtype`.
+    """
+    (found,) = invert_factors([DampedFactor(moment, damping, dtype)])
+    if isinstance(found, NoInverse):
+        raise torch.linalg.LinAlgError(found.reason)  # type: ignore[attr-defined]  # C++ defines it
+    return found
+
+
+def invert_factors(factors: Sequence[DampedFactor]) -> list[FactorInverse | NoInverse]:
+    """Invert many damped factors together.
+
+    On the CPU each result has the bits that it has alone; see `stacks`.
+
+    Args:
+        factors: On one device.
+
+    Returns:
+        For each what `invert_moment` returns, or why it has none.
+    """
+    grams = [factor for factor in factors if factor.moment.form != "diagonal"]
+    others = iter(_invert_grams(grams) if grams else ())
+    return [
+        _invert_diagonal(factor) if factor.moment.form == "diagonal" else next(others)
+        for factor in factors
+    ]
+
+
+def _invert_diagonal(factor: DampedFactor) -> DiagonalInverse:
+    moment, damping = factor.moment, factor.total_damping
+    diagonal = (moment.tensor / moment.weight + damping).reciprocal()
+    return DiagonalInverse(diagonal.to(factor.dtype), damping)
+
+
+def _invert_grams(factors: list[DampedFactor]) -> list[FactorInverse | NoInverse]:
+    grams = _damped_grams(factors)
+    factorized = in_stacks(torch.linalg.cholesky_ex, grams)
+    minors = read_numbers([info for _, info in factorized])
+    found: dict[int, FactorInverse | NoInverse] = {}
+    good: dict[tuple[bool, torch.dtype], list[int]] = defaultdict(list)
+    for i, (factor, gram) in enumerate(zip(factors, grams, strict=True)):
+        refusal = factor.refusal(gram, int(max(minors[i])))
+        if refusal is None:
+            good[factor.low_rank, factor.dtype].append(i)
+        else:
+            found[i] = refusal
+    for (low_rank, dtype), places in good.items():
+        invert = _low_rank_inverses if low_rank else _dense_inverses
+        choleskys = [factorized[i][0] for i in places]
+        inverses = invert([factors[i] for i in places], choleskys, dtype)
+        found.update(zip(places, inverses, strict=True))
+    return [found[i] for i in range(len(factors))]
+
+
+def _damped_grams(factors: list[DampedFactor]) -> list[Tensor]:
+    # Times the weight, which need not be divided by.
+    device = factors[0].moment.tensor.device
+    shifts = [factor.moment.weight * factor.total_damping for factor in factors]
+    found: dict[int, Tensor] = {}
+    numbers = numbers_on(device, shifts).unbind()
+    for product in (True, False):
+        places = [
+            i for i, f in enumerate(factors) if (f.moment.form == "rows") == product
+        ]
+        sides = [_short_side(factors[i]) for i in places]
+        grams = in_stacks(
+            partial(_damped_gram, product=product), sides, [numbers[i] for i in places]
+        )
+        found.update((i, gram) for i, (gram,) in zip(places, grams, strict=True))
+    return [found[i] for i in range(len(factors))]
+
+
+def _short_side(factor: DampedFactor) -> Tensor:
+    # Of the rows if there are fewer of them than columns, else of the columns.
+    moment = factor.moment
+    tall = moment.form == "rows" and not factor.low_rank
+    return moment.tensor.mT if tall else moment.tensor
+
+
+def _damped_gram(side: Tensor, shift: Tensor, *, product: bool) -> tuple[Tensor]:
+    gram = side @ side.mT if product else side.clone()
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    diagonal.add_(_for_each(shift, diagonal))
+    return (gram,)
+
+
+def _for_each(numbers: Tensor, like: Tensor) -> Tensor:
+    # A scalar, or one number for each of a stack, with dimensions to be multiplied by.
+    return numbers.reshape(*numbers.shape, *[1] * (like.ndim - numbers.ndim))
+
+
+def _low_rank_inverses(
+    factors: list[DampedFactor], choleskys: list[Tensor], dtype: torch.dtype
+) -> list[FactorInverse]:
+    rows = [factor.moment.tensor for factor in factors]
+    bases = in_stacks(partial(_basis, dtype=dtype), choleskys, rows)
+    return [
+        LowRankInverse(basis, factor.total_damping)
+        for factor, (basis,) in zip(factors, bases, strict=True)
+    ]
+
+
+def _basis(cholesky: Tensor, rows: Tensor, *, dtype: torch.dtype) -> tuple[Tensor]:
+    identity = torch.eye(
+        cholesky.shape[-1], dtype=cholesky.dtype, device=cholesky.device
+    )
+    root = torch.linalg.solve_triangular(cholesky, identity, upper=False)
+    return ((root @ rows).to(dtype),)
+
+
+def _dense_inverses(
+    factors: list[DampedFactor], choleskys: list[Tensor], dtype: torch.dtype
+) -> list[FactorInverse]:
+    device = factors[0].moment.tensor.device
+    weights = numbers_on(device, [factor.moment.weight for factor in factors])
+    matrices = in_stacks(partial(_dense, dtype=dtype), choleskys, weights.unbind())
+    return [
+        DenseInverse(matrix, factor.total_damping)
+        for factor, (matrix,) in zip(factors, matrices, strict=True)
+    ]
+
+
+def _dense(cholesky: Tensor, weight: Tensor, *, dtype: torch.dtype) -> tuple[Tensor]:
+    # LAPACK leaves column-major results, on which products round differently: the same
+    # inverse, sent over a wire, would not give the same bits.
+    matrix = torch.cholesky_inverse(cholesky).mT
+    return ((matrix * _for_each(weight, matrix)).to(dtype).contiguous(),)
