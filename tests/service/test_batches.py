@@ -3,14 +3,17 @@
 import threading
 from contextlib import closing
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from skfac.curvature import stacks
+from skfac.curvature.inverse import DenseInverse, DiagonalInverse, LowRankInverse
+from skfac.curvature.settings import History
 from skfac.service.scheduler import Task
 from skfac.service.solver import ATTEMPTS, Solution, Solver
+from skfac.service.warm_up import warm_up_tasks
 from skfac.wire.outcome import Loss, Version
 from skfac.wire.session import SessionSpec
 from skfac.wire.snapshot import LayerRows, Snapshot
@@ -258,3 +261,38 @@ def test_a_batch_that_is_done_holds_no_rows():
 
         assert harness.engine._scheduler.nbytes(session_id) == 0
         assert harness.engine._scheduler._taken == ()
+
+
+# ------------------------------------------------------------------ the warm-up
+
+
+def test_the_warm_up_is_of_all_kinds_and_can_be_solved():
+    tasks = warm_up_tasks()
+
+    solutions = Solver("cpu").solve(tasks)
+
+    found = set()
+    for task, solution in zip(tasks, solutions, strict=True):
+        assert isinstance(solution.outcome, Version), solution.outcome
+        inverses = solution.outcome.preconditioner
+        sides = inverses.activations, inverses.derivatives
+        found |= {(task.spec.history, type(side), side.tensor.ndim) for side in sides}
+    for history in get_args(History):
+        forms = {(form, ndim) for h, form, ndim in found if h == history}
+        assert (LowRankInverse, 2) in forms
+        assert (LowRankInverse, 3) in forms
+        assert (DenseInverse, 2) in forms
+        assert (DiagonalInverse, 2) in forms
+
+
+def test_a_gpu_is_warmed_before_it_is_used(monkeypatch):
+    solver = Solver("cpu")
+    solved = []
+    monkeypatch.setattr(Solver, "solve", lambda self, tasks: solved.append(len(tasks)))
+
+    solver.warm()
+    assert solved == []  # nothing to load
+
+    solver._device = torch.device("cuda")
+    solver.warm()
+    assert solved == [len(warm_up_tasks())]

@@ -19,10 +19,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from skfac.client.config import PreconditionerConfig
 from skfac.client.hooks import HookedLayers, backward_id, without_autocast
@@ -136,15 +138,7 @@ class RowSpace:
             [layers[index] for index in chosen],
             [partial(self._replace, index) for index in chosen],
         )
-        self._watches = [
-            layers[index].weight.register_hook(partial(self._watch, index))  # type: ignore[no-untyped-call]
-            for index in chosen
-        ] + [
-            layers[index].weight.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                partial(self._count, index)
-            )
-            for index in chosen
-        ]
+        self._watches: dict[int, list[RemovableHandle]] = {}
 
     def take(self, index: int) -> Rows | None:
         """Take the rows of the backwards since the last call.
@@ -179,7 +173,7 @@ class RowSpace:
     def close(self) -> None:
         """Remove the hooks; idempotent."""
         self._hooks.remove()
-        for watch in self._watches:
+        for watch in chain.from_iterable(self._watches.values()):
             watch.remove()
 
     def weight_gradients(
@@ -251,10 +245,21 @@ class RowSpace:
         d_in, d_out = layer.geometry.d_in, layer.geometry.d_out
         if not (self._always or rows * (d_in + d_out) < d_in * d_out):
             return None
+        self._begin_to_watch(index)
         replaced: Tensor = _RowBackward.apply(  # type: ignore[no-untyped-call]
             output.detach(), inputs, layer.weight, layer.bias, self, index
         )
         return replaced
+
+    def _begin_to_watch(self, index: int) -> None:
+        # Only now: a layer of many rows never comes here, and hooks cost time.
+        if index in self._watches:
+            return
+        weight = self._layers[index].weight
+        self._watches[index] = [
+            weight.register_hook(partial(self._watch, index)),  # type: ignore[no-untyped-call]
+            weight.register_post_accumulate_grad_hook(partial(self._count, index)),  # type: ignore[no-untyped-call]
+        ]
 
     def _count(self, index: int, weight: Tensor) -> None:
         # Rows of torch.autograd.grad stay behind: their gradient goes elsewhere.

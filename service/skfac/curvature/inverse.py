@@ -34,8 +34,11 @@ class FactorInverse(Protocol):
     def left(self, matrix: Tensor) -> Tensor:
         """Multiply the inverse from the left onto `[*groups, d, columns]`."""
 
-    def right(self, matrix: Tensor) -> Tensor:
-        """Multiply the inverse from the right onto `[*groups, rows, d]`."""
+    def right(self, matrix: Tensor, *, spoil: bool = False) -> Tensor:
+        """Multiply the inverse from the right onto `[*groups, rows, d]`.
+
+        `spoil` says that nobody needs `matrix` any more: the result may be there.
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,15 +83,16 @@ class LowRankInverse:
         return self._rest(matrix, self.basis.mT, inner)
 
     def right(
-        self, matrix: Float[Tensor, "*groups rows dim"]
+        self, matrix: Float[Tensor, "*groups rows dim"], *, spoil: bool = False
     ) -> Float[Tensor, "*groups rows dim"]:
-        """Multiply from the right in `4·n·d·rows` operations.
+        """Multiply from the right in `4·n·d·rows` operations, if `spoil` in place.
 
         Returns:
             `matrix (A + λ I)⁻¹`.
         """
         inner = matrix @ self.basis.mT
-        return self._rest(matrix, inner, self.basis)
+        out = matrix if spoil else None
+        return self._rest(matrix, inner, self.basis, out)
 
     def right_of_ones(
         self, matrix: Float[Tensor, "rows features"]
@@ -102,10 +106,12 @@ class LowRankInverse:
         inner = torch.addmm(last, matrix, columns.mT)
         return self._rest(matrix, inner, columns), (1 - inner @ last) / self.damping
 
-    def _rest(self, matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    def _rest(
+        self, matrix: Tensor, left: Tensor, right: Tensor, out: Tensor | None = None
+    ) -> Tensor:
         add = torch.addmm if matrix.ndim == 2 else torch.baddbmm
         by = 1 / self.damping
-        return add(matrix, left, right, beta=by, alpha=-by)
+        return add(matrix, left, right, beta=by, alpha=-by, out=out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +155,7 @@ class DenseInverse:
         return self.matrix @ matrix
 
     def right(
-        self, matrix: Float[Tensor, "*groups rows dim"]
+        self, matrix: Float[Tensor, "*groups rows dim"], *, spoil: bool = False
     ) -> Float[Tensor, "*groups rows dim"]:
         """Multiply from the right.
 
@@ -212,11 +218,11 @@ class DiagonalInverse:
         return self.diagonal.mT * matrix
 
     def right(
-        self, matrix: Float[Tensor, "*stack rows dim"]
+        self, matrix: Float[Tensor, "*stack rows dim"], *, spoil: bool = False
     ) -> Float[Tensor, "*stack rows dim"]:
-        """Multiply from the right.
+        """Multiply from the right, if `spoil` in place.
 
         Returns:
             `matrix (A + λ I)⁻¹`.
         """
-        return matrix * self.diagonal
+        return torch.mul(matrix, self.diagonal, out=matrix if spoil else None)

@@ -57,7 +57,7 @@ class LayerPreconditioner:
         Returns:
             The preconditioned gradient, a new tensor.
         """
-        return self.activations.right(self.derivatives.left(gradient))
+        return self.activations.right(self.derivatives.left(gradient), spoil=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,11 +15,11 @@ from skfac.curvature.history import LayerHistory, updates_of
 from skfac.curvature.layer import (
     DampedLayer,
     LayerPreconditioner,
-    precondition_layer,
     precondition_layers,
 )
 from skfac.service.assembler import Assembly
 from skfac.service.scheduler import Task
+from skfac.service.warm_up import warm_up_tasks
 from skfac.wire.outcome import Loss, LossReason, Outcome, Version
 from skfac.wire.staging import Staging
 from skfac.wire.state import SessionState
@@ -93,13 +93,9 @@ class Solver:
         return [s for part in self._parts(batch) for s in self._solve_part(part)]
 
     def warm(self) -> None:
-        """Let a GPU load its libraries, which takes seconds, before anyone waits."""
-        if self._device.type == "cpu":
-            return
-        with self._staging.stream():
-            for rows in (2, 8):  # fewer than columns, and more
-                drawn = torch.randn(rows, 4, device=self._device)
-                precondition_layer(drawn, drawn, damping=1.0, split="pi")
+        """Let a GPU load all that it will need before anyone waits for it."""
+        if self._device.type != "cpu":
+            self.solve(warm_up_tasks())
 
     def load(self, state: SessionState) -> SessionState:
         """Copy histories to the device.
