@@ -1,5 +1,6 @@
 """A connection's shared memory as its trainer has it."""
 
+import os
 from collections import Counter
 
 import pytest
@@ -59,6 +60,7 @@ def test_a_region_has_room_for_what_is_in_flight(link):
 
     assert offer.session_id == "session"
     assert offer.token == link.token
+    assert offer.answers_in_header
     assert offer.up_nbytes == (SPEC.versions_in_flight + 1) * TAKEN
     assert not list(link.offer(snapshot(SPEC)))  # only once
 
@@ -125,6 +127,46 @@ def test_memory_is_used_again_only_after_the_answer(link):
     assert arena.free_bytes == before
 
 
+def fill(link: SharedLink) -> None:
+    """Place snapshots, from step 0 on, until there is no room for another."""
+    for step in range(SPEC.versions_in_flight + 1):
+        assert link.locate(link.place(snapshot(SPEC, step)).tensors[0]) is not None
+
+
+def test_answers_in_the_header_are_read_when_room_is_short(link):
+    peer = opened(link)
+    fill(link)
+    assert link.empty((4, 30), torch.float32) is None
+
+    peer.answered.write(2)
+
+    assert link.empty((4, 30), torch.float32) is not None
+    assert link._arena.free_bytes == 2 * TAKEN  # steps 0 and 1
+    peer.close()
+
+
+def test_answers_in_the_header_are_read_with_the_outcomes(link):
+    peer = opened(link)
+    fill(link)
+    peer.answered.write(1)
+
+    link.receive([], 0)
+
+    assert link._arena.free_bytes == TAKEN
+    peer.close()
+
+
+def test_a_torn_answer_frees_nothing(link):
+    peer = opened(link)
+    fill(link)
+    peer.answered.write(2)
+    os.pwrite(peer.up.fd, b"\x07", 128)
+
+    assert link.empty((4, 30), torch.float32) is None
+    assert link._arena.free_bytes == 0
+    peer.close()
+
+
 def test_a_server_that_sees_no_process_may_see_the_folder(link, folder):
     first = offered(link)
     assert not list(folder.iterdir())
@@ -184,7 +226,7 @@ def test_what_was_received_is_told_and_counted(link, counts):
     buffer = link.receive([TensorHeader(torch.float32, (16,), 64)], 128)
 
     assert torch.equal(buffer.tensors()[0], sent)
-    assert peer.read_consumed() == 128
+    assert peer.consumed.read() == 128
     assert counts["shared_received_bytes"] == 64
     peer.close()
 
@@ -197,7 +239,7 @@ def test_a_server_that_is_wrong_is_not_believed(link):
     outside = TensorHeader(torch.float32, (16,), 10**9)
     with pytest.raises(InvalidRequestError, match="is not in"):
         link.receive([outside], 64)
-    assert peer.read_consumed() == 0
+    assert peer.consumed.read() == 0
     peer.close()
 
 

@@ -52,6 +52,7 @@ def test_no_part_of_a_step_waits(target, make, trust, scaled):
             torch.cuda.synchronize()
             pre._store.settle(LONG_S)
             busy = occupy() if step >= WARM else None
+            optimizer.param_groups[0]["lr"] *= 0.9  # as a schedule does
 
             loss = nn.functional.cross_entropy(model(images), labels)
             scaler.scale(loss).backward()

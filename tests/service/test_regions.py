@@ -279,6 +279,39 @@ def test_regions_are_of_one_connection(client, push):
         outcomes.cancel()
 
 
+def test_what_was_taken_or_known_may_be_answered_in_the_header(client, push):
+    assert push.offer(answers_in_header=True)
+    one, two = (push.placed(snapshot_of(client.spec, step)) for step in (1, 2))
+    (first,), (second,) = push.frames(one), push.frames(two)
+    assert push.region.answered.read() == 0
+
+    push.tell(first)
+    push.until_answered(2)
+    push.tell(second, first)  # the last is known: all before 3 are answered anyhow
+    push.until_answered(3)
+    refused = push.ask(changed(second, 2**40))
+    assert "is not in" in refused.refusal.message  # and the only message
+
+    assert push.region.answered.read() == 3
+    assert {outcome.step for outcome in client.outcomes(4)} == {1, 2}
+
+
+def test_a_header_that_cannot_be_written_is_made_up_for_by_a_message(
+    client, push, monkeypatch
+):
+    assert push.offer(answers_in_header=True)
+    (frame,) = push.frames(push.placed(snapshot_of(client.spec, 1)))
+
+    def fails(self, value):
+        raise OSError("No file")
+
+    monkeypatch.setattr(shared_memory.Counter, "write", fails)
+    answer = push.ask(frame)
+
+    assert answer.step == 1
+    assert not answer.HasField("refusal")
+
+
 def test_a_region_ends_with_its_stream(client, push, monkeypatch):
     closed: list[object] = []
     real = regions.Regions.close
@@ -326,7 +359,7 @@ def test_a_reader_that_lies_or_sleeps_gets_the_rest_inline(client, told):
                 assert all(torch.equal(mine, theirs) for mine, theirs in pairs)
                 ways.append(shared)
             if told is not None:
-                push.region.write_consumed(told)
+                push.region.consumed.write(told)
         outcomes.cancel()
 
     assert ways[0]
@@ -337,7 +370,7 @@ def test_a_reader_that_keeps_up_gets_all_through_shared_memory(client):
     with SharedPush(client, down_nbytes=1024) as push:
         assert push.offer()
         outcomes = subscribe(client, push.token)
-        consume = push.region.write_consumed
+        consume = push.region.consumed.write
         received = answered(outcomes, push.region.down, consume)
         ways = []
         for step in range(1, 20):

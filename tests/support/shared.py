@@ -2,6 +2,7 @@
 
 import queue
 import secrets
+import time
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -33,6 +34,7 @@ class SharedPush:
         self.token = secrets.token_bytes(16)
         self.region = OwnRegion(self.token, up_nbytes, down_nbytes, sealed=sealed)
         self.region.offer.session_id = self.session_id
+        self.region.offer.answers_in_header = False  # `ask` waits for messages
         self.arena = Arena(self.region.up_map)
         self._frames: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         push: Any = client.channel.stream_stream(
@@ -50,9 +52,20 @@ class SharedPush:
 
     def ask(self, *frames: bytes) -> pb.PushSnapshotsResponse:
         """Send frames and wait for one answer."""
+        self.tell(*frames)
+        return next(self._call)
+
+    def tell(self, *frames: bytes) -> None:
+        """Send frames."""
         for frame in frames:
             self._frames.put(frame)
-        return next(self._call)
+
+    def until_answered(self, value: int) -> None:
+        """Wait until the header says so."""
+        end_s = time.monotonic() + TIMEOUT_S
+        while self.region.answered.read() != value:
+            assert time.monotonic() < end_s, self.region.answered.read()
+            time.sleep(0.005)
 
     def offer(self, **fields: Any) -> bool:
         """Offer the region, or what it is not; returns whether it is accepted."""

@@ -66,7 +66,7 @@ def test_there_is_room_until_the_capacity_and_again_once_it_is_read(ends):
     assert (second.offsets, second.end) == ([512, 768], 1024)
     assert ends.queue.place(tensors(1)) is None
 
-    ends.own.write_consumed(first.end)
+    ends.own.consumed.write(first.end)
     third = ends.queue.place(half)
     assert third is not None
     assert (third.offsets, third.end) == ([0, 256], 1536)
@@ -78,7 +78,7 @@ def test_nothing_is_split_at_the_end(ends):
     first = ends.queue.place(tensors(192))  # 768
     assert first is not None
     assert ends.queue.place(tensors(128)) is None  # 256 are left, and 512 wanted
-    ends.own.write_consumed(first.end)
+    ends.own.consumed.write(first.end)
     second = ends.queue.place(tensors(128))
     assert second is not None
     assert second.offsets == [0]
@@ -88,7 +88,7 @@ def test_what_was_read_is_written_first(ends):
     first, second = ends.queue.place(tensors(64)), ends.queue.place(tensors(64))
     assert first is not None
     assert second is not None
-    ends.own.write_consumed(first.end)
+    ends.own.consumed.write(first.end)
     third = ends.queue.place(tensors(64))
     assert third is not None
     assert (third.offsets, third.end) == ([0], 768)  # and not after the second
@@ -98,7 +98,7 @@ def test_what_does_not_fit_before_unread_versions_comes_after_them(ends):
     first, second = ends.queue.place(tensors(64)), ends.queue.place(tensors(64))
     assert first is not None
     assert second is not None
-    ends.own.write_consumed(first.end)
+    ends.own.consumed.write(first.end)
     third, last = ends.queue.place(tensors(128)), ends.queue.place(tensors(64))
     assert third is not None
     assert last is not None
@@ -109,12 +109,12 @@ def test_what_does_not_fit_before_unread_versions_comes_after_them(ends):
 def test_an_empty_queue_takes_what_fits_wherever_it_stands(ends):
     first = ends.queue.place(tensors(160))  # 640, so that 384 are left
     assert first is not None
-    ends.own.write_consumed(first.end)
+    ends.own.consumed.write(first.end)
     second = ends.queue.place(tensors(256))
     assert second is not None
     assert second.offsets == [0]
     assert ends.queue.place(tensors(1)) is None
-    ends.own.write_consumed(second.end)
+    ends.own.consumed.write(second.end)
     assert ends.queue.place(tensors(256)) is not None
 
 
@@ -123,12 +123,12 @@ def test_a_lying_reader_gets_no_room_it_does_not_have(ends, lie):
     first, second = ends.queue.place(tensors(128)), ends.queue.place(tensors(128))
     assert first is not None
     assert second is not None
-    ends.own.write_consumed(lie)
+    ends.own.consumed.write(lie)
     assert ends.queue.place(tensors(128)) is None
 
-    ends.own.write_consumed(first.end)
+    ends.own.consumed.write(first.end)
     assert ends.queue.place(tensors(128)) is not None
-    ends.own.write_consumed(0)  # not backwards
+    ends.own.consumed.write(0)  # not backwards
     assert ends.queue.place(tensors(1)) is None
 
 
@@ -149,7 +149,7 @@ def test_a_queue_of_odd_size_keeps_the_alignment(capacity):
             assert (placed is None) == (capacity < 64)
             if placed is not None:
                 assert placed.offsets == [0]
-                ends.own.write_consumed(placed.end)
+                ends.own.consumed.write(placed.end)
 
 
 def test_nothing_is_written_after_the_end(ends):
@@ -180,7 +180,7 @@ def test_what_was_not_read_is_never_overwritten(sealed, steps):
             if counts is None:
                 if unread:
                     placed, sent = unread.pop(0)
-                    ends.own.write_consumed(placed.end)
+                    ends.own.consumed.write(placed.end)
                 continue
             sent = tensors(*counts, value=10.0 * number)
             placed = ends.queue.place(sent)

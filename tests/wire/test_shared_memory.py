@@ -80,7 +80,7 @@ def test_both_ends_see_the_same_bytes(either):
     peer.down.write(0, [memoryview(b"\xee" * DOWN)])
     peer.up.read(0, memoryview(whole := bytearray(UP)))
     assert whole == b"\xff" * UP  # the areas do not overlap
-    assert peer.read_consumed() == 0
+    assert peer.consumed.read() == 0
     peer.close()
 
 
@@ -205,19 +205,23 @@ def test_a_file_that_was_cut_is_an_error(own):
     with pytest.raises(InvalidRequestError, match="ends 10 bytes before"):
         peer.up.read(1000, memoryview(bytearray(10)))
     os.truncate(own.up.fd, 0)
-    assert peer.read_consumed() is None
+    assert peer.consumed.read() is None
     peer.close()
     with pytest.raises(InvalidRequestError, match="cannot be read"):
         Area(-1, 0, 100).read(0, memoryview(bytearray(1)))
 
 
-def test_a_torn_counter_tells_nothing(either):
+@pytest.mark.parametrize(("name", "at"), [("consumed", 64), ("answered", 128)])
+def test_a_torn_counter_tells_nothing(either, name, at):
     peer = open_region(either.offer, LIMIT)
+    own, its = getattr(either, name), getattr(peer, name)
+    assert own.read() == its.read() == 0
     for value in (0, 1, 2**63, 2**64 - 1):
-        either.write_consumed(value)
-        assert peer.read_consumed() == value
-    os.pwrite(either.up.fd, b"\x07", 64)
-    assert peer.read_consumed() is None
+        own.write(value)
+        assert its.read() == value
+    os.pwrite(either.up.fd, b"\x07", at)
+    assert its.read() is None
+    assert {either.consumed.read(), either.answered.read()} - {None} == {0}
     peer.close()
 
 

@@ -8,7 +8,7 @@ import torch
 from skfac.client.layers import TrackedLayer
 from skfac.curvature.layer import LayerPreconditioner
 from skfac.wire.outcome import Loss, Outcome, Version
-from skfac.wire.staging import DeviceCopy, Staging
+from skfac.wire.staging import DeviceCopy, Staging, wider
 
 
 class ReadyVersions:
@@ -89,10 +89,7 @@ class ReadyVersions:
         both = version.preconditioner
         begun = self._begun.pop(version, None)
         here = list(both.tensors) if begun is None else begun.take()
-        tensors = [
-            tensor.to(device, torch.promote_types(tensor.dtype, dtype))
-            for tensor in here
-        ]
+        tensors = [tensor.to(device, wider(tensor.dtype, dtype)) for tensor in here]
         if all(a is b for a, b in zip(tensors, both.tensors, strict=True)):
             return both
         return both.with_tensors(*tensors)

@@ -61,7 +61,12 @@ class SharedLink:
             The tensor; None if there is no room, or no such memory.
         """
         arena = self._arena
-        return None if arena is None else arena.empty(shape, dtype)
+        if arena is None:
+            return None
+        found = arena.empty(shape, dtype)
+        if found is None and self._settle_answered():
+            found = arena.empty(shape, dtype)
+        return found
 
     # ---------------------------------------------------------------- sender
 
@@ -134,8 +139,16 @@ class SharedLink:
             region.discard()
 
     def settle(self, step: int) -> None:
-        """Let go of a snapshot that the server has answered."""
+        """Let go of a snapshot that the server has answered by a message."""
         self._in_flight.pop(step, None)
+
+    def _settle_answered(self) -> bool:
+        # Those that it has answered in the header; tells whether there were any.
+        told = None if self._region is None else self._region.answered.read()
+        answered = [step for step in list(self._in_flight) if step < (told or 0)]
+        for step in answered:
+            self.settle(step)
+        return bool(answered)
 
     # ---------------------------------------------------------------- receiver
 
@@ -152,11 +165,12 @@ class SharedLink:
         Raises:
             InvalidRequestError: If something is not where it is said to be.
         """
+        self._settle_answered()  # an outcome comes later than the answer
         area = Area(-1, 0, 0) if self._region is None else self._region.down
         buffer = PayloadBuffer(headers, pool=self._pool)
         self._counts["shared_received_bytes"] += buffer.read_shared(area)
         if end and self._region is not None:
-            self._region.write_consumed(end)
+            self._region.consumed.write(end)
         return buffer
 
     def close(self) -> None:

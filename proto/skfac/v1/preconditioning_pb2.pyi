@@ -559,7 +559,8 @@ class SharedRegion(_message.Message):
     4096 bytes. The header begins with the token. Its bytes 64 to 71 are, in little-endian
     order, up to which `shared_end` the client has copied what was in the down area, and
     bytes 72 to 79 are the same number with all bits inverted; a number that cannot be is
-    ignored.
+    ignored. Bytes 128 to 143 are likewise what the server has answered there; see
+    `answers_in_header`.
 
     The client writes rows to the up area and leaves them there until the snapshot is
     answered. The server writes inverses to the down area and says where they are. The
@@ -573,6 +574,7 @@ class SharedRegion(_message.Message):
     TOKEN_FIELD_NUMBER: _builtins.int
     UP_NBYTES_FIELD_NUMBER: _builtins.int
     DOWN_NBYTES_FIELD_NUMBER: _builtins.int
+    ANSWERS_IN_HEADER_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """As OpenSession gave it."""
     name: _builtins.str
@@ -586,6 +588,11 @@ class SharedRegion(_message.Message):
     """At most 4 max_snapshot_bytes, as is the next."""
     down_nbytes: _builtins.int
     """Of the area that the server writes to."""
+    answers_in_header: _builtins.bool
+    """Whether the client looks in the header for answers to snapshots that were taken or
+    known: one more than the step of the last of them, which answers all before it. The
+    server may answer so, and sends no message then; refusals are always sent.
+    """
     def __init__(
         self,
         *,
@@ -594,10 +601,11 @@ class SharedRegion(_message.Message):
         token: _builtins.bytes = ...,
         up_nbytes: _builtins.int = ...,
         down_nbytes: _builtins.int = ...,
+        answers_in_header: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["down_nbytes", b"down_nbytes", "name", b"name", "session_id", b"session_id", "token", b"token", "up_nbytes", b"up_nbytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers_in_header", b"answers_in_header", "down_nbytes", b"down_nbytes", "name", b"name", "session_id", b"session_id", "token", b"token", "up_nbytes", b"up_nbytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

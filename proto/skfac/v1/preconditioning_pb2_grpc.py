@@ -88,7 +88,7 @@ class PreconditioningServiceServicer(object):
 
     def PushSnapshots(self, request_iterator, context):
         """Takes snapshots as sequences of frames and answers each snapshot once, in order,
-        when its last byte is in. A refused snapshot does not end the stream: its
+        when its last byte is in: by a message, or in shared memory. A refused snapshot does not end the stream: its
         remaining frames are ignored. The key of rows is (rank, layer, step): rows that are
         there already are acknowledged as duplicates, so resending is always safe.
         Ends with INVALID_ARGUMENT if the stream closes in the middle of a snapshot.

@@ -69,7 +69,7 @@ class PreconditioningServiceStub:
     """
     PushSnapshots: _grpc.StreamStreamMultiCallable[_preconditioning_pb2.PushSnapshotsRequest, _preconditioning_pb2.PushSnapshotsResponse]
     """Takes snapshots as sequences of frames and answers each snapshot once, in order,
-    when its last byte is in. A refused snapshot does not end the stream: its
+    when its last byte is in: by a message, or in shared memory. A refused snapshot does not end the stream: its
     remaining frames are ignored. The key of rows is (rank, layer, step): rows that are
     there already are acknowledged as duplicates, so resending is always safe.
     Ends with INVALID_ARGUMENT if the stream closes in the middle of a snapshot.
@@ -112,7 +112,7 @@ class PreconditioningServiceAsyncStub(PreconditioningServiceStub):
     """
     PushSnapshots: _aio.StreamStreamMultiCallable[_preconditioning_pb2.PushSnapshotsRequest, _preconditioning_pb2.PushSnapshotsResponse]  # type: ignore[assignment]
     """Takes snapshots as sequences of frames and answers each snapshot once, in order,
-    when its last byte is in. A refused snapshot does not end the stream: its
+    when its last byte is in: by a message, or in shared memory. A refused snapshot does not end the stream: its
     remaining frames are ignored. The key of rows is (rank, layer, step): rows that are
     there already are acknowledged as duplicates, so resending is always safe.
     Ends with INVALID_ARGUMENT if the stream closes in the middle of a snapshot.
@@ -164,7 +164,7 @@ class PreconditioningServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_preconditioning_pb2.PushSnapshotsResponse], _abc.AsyncIterator[_preconditioning_pb2.PushSnapshotsResponse]]:
         """Takes snapshots as sequences of frames and answers each snapshot once, in order,
-        when its last byte is in. A refused snapshot does not end the stream: its
+        when its last byte is in: by a message, or in shared memory. A refused snapshot does not end the stream: its
         remaining frames are ignored. The key of rows is (rank, layer, step): rows that are
         there already are acknowledged as duplicates, so resending is always safe.
         Ends with INVALID_ARGUMENT if the stream closes in the middle of a snapshot.

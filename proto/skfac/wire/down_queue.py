@@ -102,7 +102,7 @@ class DownQueue:
         return free if free + nbytes <= self._capacity else None
 
     def _forget_read(self) -> None:
-        told = self._region.read_consumed()
+        told = self._region.consumed.read()
         if told is None or told > self._produced:
             return
         while self._unread and self._unread[0].position <= told:

@@ -1,7 +1,7 @@
 """What a rank tells a server about its steps: counted for people, nothing more."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from skfac.v1 import preconditioning_pb2 as pb
 from skfac.wire.errors import InvalidRequestError
@@ -59,7 +59,13 @@ def encode_report(report: StepReport) -> pb.StepReport:
     Returns:
         The message.
     """
-    return pb.StepReport(**asdict(report))
+    return pb.StepReport(
+        staleness=report.staleness,
+        late=report.late,
+        stale=report.stale,
+        raw=report.raw,
+        end_to_end_s=report.end_to_end_s,
+    )
 
 
 def decode_report(message: pb.StepReport) -> StepReport:

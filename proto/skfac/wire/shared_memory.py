@@ -6,7 +6,8 @@ does not see the trainer's process, one in /dev/shm, which the server unlinks on
 open. It has three parts, each at the beginning of a page:
 
     header   16 bytes that whoever offers the file must know; at byte 64 how far the
-             trainer has read the down area, and at byte 72 the same inverted
+             trainer has read the down area, at byte 128 up to which step the server
+             has read the up area; and each once more, inverted
     up       rows, written by the trainer wherever it likes
     down     versions, written by the server (see `down_queue`)
 
@@ -55,6 +56,7 @@ _SEALED = re.compile(r"[1-9][0-9]{0,9}/fd/[0-9]{1,9}")
 _LINK = "/memfd:skfac"  # what the latter are links to
 _PAGE_BYTES = 4096
 _CONSUMED_AT = 64
+_ANSWERED_AT = 128  # in a line of the cache of its own: the other end writes it
 _COUNTER_MASK = 2**64 - 1
 _MOST_VIEWS = 1024  # that one call takes, which is Linux's IOV_MAX
 
@@ -151,18 +153,59 @@ class MappedArea(Area):
             offset += len(view)
 
 
+class Counter:
+    """A number in the header of a region, which one end writes and the other reads.
+
+    Args:
+        fd: The file.
+        at: Where it begins.
+    """
+
+    def __init__(self, fd: int, at: int) -> None:
+        self._fd = fd
+        self._at = at
+
+    def read(self) -> int | None:
+        """Read what the other end says.
+
+        Returns:
+            A number to be checked; None if none can be read, or it is just written.
+        """
+        try:
+            both = os.pread(self._fd, 16, self._at)
+        except OSError:
+            return None
+        value = int.from_bytes(both[:8], "little")
+        inverted = int.from_bytes(both[8:], "little")
+        return value if value == inverted ^ _COUNTER_MASK else None
+
+    def write(self, value: int) -> None:
+        """Tell the other end a number.
+
+        Raises:
+            OSError: If the file cannot be written.
+        """
+        inverted = value ^ _COUNTER_MASK
+        both = value.to_bytes(8, "little") + inverted.to_bytes(8, "little")
+        os.pwrite(self._fd, both, self._at)
+
+
 class Region:
-    """The file, its two areas and the counter in its header.
+    """The file, its two areas and the counters in its header.
 
     Attributes:
         up: Where the trainer writes.
         down: Where the server writes.
+        consumed: Up to which position the trainer has read the down area.
+        answered: One more than the step of the last snapshot that the server has read.
     """
 
     def __init__(self, fd: int, up_nbytes: int, down_nbytes: int) -> None:
         self._fd = fd
         self.up = Area(fd, _PAGE_BYTES, up_nbytes)
         self.down = Area(fd, _PAGE_BYTES + _whole_pages(up_nbytes), down_nbytes)
+        self.consumed = Counter(fd, _CONSUMED_AT)
+        self.answered = Counter(fd, _ANSWERED_AT)
         self.close = weakref.finalize(self, os.close, fd)
         """Close the file; what is mapped of it stays. Idempotent."""
 
@@ -177,26 +220,6 @@ class Region:
             mapped = mmap.mmap(self._fd, area.nbytes, offset=area.begin)
             memory = np.frombuffer(mapped, np.uint8)
             self.down = MappedArea(area.fd, area.begin, area.nbytes, memory)
-
-    def read_consumed(self) -> int | None:
-        """Read how far the trainer says that it has read the down area.
-
-        Returns:
-            A number to be checked; None if none can be read, or it is just written.
-        """
-        try:
-            both = os.pread(self._fd, 16, _CONSUMED_AT)
-        except OSError:
-            return None
-        value = int.from_bytes(both[:8], "little")
-        inverted = int.from_bytes(both[8:], "little")
-        return value if value == inverted ^ _COUNTER_MASK else None
-
-    def write_consumed(self, value: int) -> None:
-        """Tell the server how far the down area was read."""
-        inverted = value ^ _COUNTER_MASK
-        both = value.to_bytes(8, "little") + inverted.to_bytes(8, "little")
-        os.pwrite(self._fd, both, _CONSUMED_AT)
 
 
 class OwnRegion(Region):
@@ -229,13 +252,18 @@ class OwnRegion(Region):
         self.unlink = weakref.finalize(self, _unlink, path, os.getpid())
         """Remove the name, also when the process ends by itself; idempotent."""
         self.offer = pb.SharedRegion(
-            token=token, name=name, up_nbytes=up_nbytes, down_nbytes=down_nbytes
+            token=token,
+            name=name,
+            up_nbytes=up_nbytes,
+            down_nbytes=down_nbytes,
+            answers_in_header=True,
         )
         try:
             # Else the first write to a page that there is no room for is a SIGBUS.
             os.posix_fallocate(fd, 0, nbytes)
             os.pwrite(fd, token, 0)
-            self.write_consumed(0)
+            self.consumed.write(0)
+            self.answered.write(0)
             if sealed:
                 fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _seals())
                 self.map_down()

@@ -8,6 +8,7 @@ nothing to copy. This is the only module that knows CUDA streams.
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -122,8 +123,18 @@ class Staging:
         return HostCopy(copies, done)
 
 
+@cache  # torch takes as long for it as for a small product
+def wider(first: torch.dtype, second: torch.dtype) -> torch.dtype:
+    """Find the dtype in which products of two run.
+
+    Returns:
+        What holds the numbers of both.
+    """
+    return torch.promote_types(first, second)
+
+
 def _widened(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, dtype))
+    return tensor.to(wider(tensor.dtype, dtype))
 
 
 def _pinned_copy(tensor: Tensor) -> Tensor:

@@ -69,8 +69,9 @@ class Intake:
         """Take one frame.
 
         Returns:
-            The answers that are due: one for each snapshot that is complete, refused,
-            a duplicate, or cut off by the beginning of the next; and one for a region.
+            The messages that are due: one for each snapshot that is complete, refused,
+            a duplicate, or cut off by the beginning of the next, but for those that
+            are answered in shared memory; and one for a region.
 
         Raises:
             SessionNotFoundError: If the session is unknown.
@@ -139,7 +140,7 @@ class Intake:
             self._header = header = decode_snapshot_header(manifest)
             if not self._engine.admit(self._session_id, header):
                 self._skipping = True
-                return [pb.PushSnapshotsResponse(step=header.step, duplicate=True)]
+                return self._answer(header.step, duplicate=True)
             self._began_s = time.monotonic()
             self._buffer = self._begin(header)
         if self._buffer is None or self._header is None:
@@ -148,7 +149,7 @@ class Intake:
         self._buffer.write(frame.payload)
         if not self._buffer.complete:
             return []
-        return [self._submit(self._header, self._buffer)]
+        return self._submit(self._header, self._buffer)
 
     def _begin(self, header: SnapshotHeader) -> PayloadBuffer:
         nbytes = payload_nbytes(header.tensors)
@@ -160,14 +161,19 @@ class Intake:
 
     def _submit(
         self, header: SnapshotHeader, buffer: PayloadBuffer
-    ) -> pb.PushSnapshotsResponse:
+    ) -> list[pb.PushSnapshotsResponse]:
         received_s = time.monotonic() - self._began_s
         snapshot = build_snapshot(header, buffer.tensors())
         self._drop_buffer()  # from here on the engine counts it
         new = self._engine.submit(self._session_id, snapshot)
         self._metrics.observe(RECEIVE, "", received_s)
         self._header = None
-        return pb.PushSnapshotsResponse(step=header.step, duplicate=not new)
+        return self._answer(header.step, duplicate=not new)
+
+    def _answer(self, step: int, *, duplicate: bool) -> list[pb.PushSnapshotsResponse]:
+        if self._region is not None and self._region.answer(step):
+            return []
+        return [pb.PushSnapshotsResponse(step=step, duplicate=duplicate)]
 
     def _drop_buffer(self) -> None:
         self._buffer = None

@@ -5,7 +5,7 @@ import threading
 
 from skfac.v1 import preconditioning_pb2 as pb
 from skfac.wire.down_queue import DownQueue
-from skfac.wire.shared_memory import Area, open_region
+from skfac.wire.shared_memory import Region, open_region
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class Regions:
         except OSError as error:
             logger.info("A region is not shared: %s. Its tensors go inline.", error)
             return None
-        opened = OpenRegion(self, (offer.session_id, offer.token), region.up)
+        opened = OpenRegion(self, offer, region)
         queue = DownQueue(region)
         with self._lock:
             if opened.key in self._queues:
@@ -71,11 +71,31 @@ class OpenRegion:
         up: Where the rows are.
     """
 
-    def __init__(self, regions: Regions, key: tuple[str, bytes], up: Area) -> None:
-        self.key = key
-        self.up = up
+    def __init__(
+        self, regions: Regions, offer: pb.SharedRegion, region: Region
+    ) -> None:
+        self.key = offer.session_id, offer.token
+        self.up = region.up
+        self._header = region.answered if offer.answers_in_header else None
+        self._answered = 0
         self._regions = regions
 
+    def answer(self, step: int) -> bool:
+        """Answer a snapshot that was taken or known where the client looks for it.
+
+        Returns:
+            Whether that is done; else it is to be answered by a message.
+        """
+        if self._header is None:
+            return False
+        self._answered = max(self._answered, step + 1)
+        try:
+            self._header.write(self._answered)
+        except (OSError, OverflowError):
+            return False
+        return True
+
     def close(self) -> None:
-        """Close it; idempotent. `up` must not be read afterwards."""
+        """Close it; idempotent. `up` must not be read afterwards, nothing answered."""
+        self._header = None
         self._regions.close(self.key)
