@@ -289,7 +289,8 @@ def test_what_was_taken_or_known_may_be_answered_in_the_header(client, push):
     push.until_answered(2)
     push.tell(second, first)  # the last is known: all before 3 are answered anyhow
     push.until_answered(3)
-    refused = push.ask(changed(second, 2**40))
+    (third,) = push.frames(push.placed(snapshot_of(client.spec, 3)))
+    refused = push.ask(changed(third, 2**40))
     assert "is not in" in refused.refusal.message  # and the only message
 
     assert push.region.answered.read() == 3
