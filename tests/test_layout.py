@@ -29,6 +29,7 @@ FOREIGN_TO_CURVATURE = {
     "math",
     "dataclasses",
     "functools",
+    "itertools",
     "typing",
     "collections",
 }

@@ -17,9 +17,9 @@ from skfac.curvature.invert import invert_factors, invert_moment
 from skfac.curvature.layer import (
     DampedLayer,
     LayerPreconditioner,
+    StackedPreconditioner,
     precondition_layers,
     precondition_moments,
-    stack_preconditioners,
 )
 from skfac.curvature.stacks import in_stacks
 from tests.support.dense import normal
@@ -224,17 +224,17 @@ def test_gradients_of_equal_shapes_are_preconditioned_together(
         normal(*groups, derivatives[-1], activations[-1], seed=i) for i in (7, 8, 9)
     ]
 
-    whole, factors, views = stack_preconditioners(ones)
+    stack = StackedPreconditioner(ones[:2])
+    memory = {tensor.data_ptr() for view in stack.views for tensor in view.tensors}
+    for taken in (ones[:2], ones[1:], [stack.views[0], ones[0]]):
+        expected = [
+            one.with_tensors(*(t.clone() for t in one.tensors)) for one in taken
+        ]
+        stack.replace(taken)
 
-    assert (
-        len(
-            {tensor.untyped_storage().data_ptr() for v in views for tensor in v.tensors}
-        )
-        == 2
-    )
-    stack = torch.stack(gradients)
-    directions = whole.apply(stack.flatten(0, -3)).view_as(stack)
-    for i, (one, view, gradient) in enumerate(zip(ones, views, gradients, strict=True)):
-        assert_same_preconditioner(view, one)
-        expected = one.apply(gradient)
-        torch.testing.assert_close(directions[i] * factors[i], expected)
+        directions = stack.apply(torch.stack(gradients[:2]))
+        for i, (one, view) in enumerate(zip(expected, stack.views, strict=True)):
+            assert_same_preconditioner(view, one)
+            direction = directions[i] * stack.factors[i]
+            torch.testing.assert_close(direction, one.apply(gradients[i]))
+    assert memory == {t.data_ptr() for view in stack.views for t in view.tensors}

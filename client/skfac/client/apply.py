@@ -123,12 +123,7 @@ class Apply:
         directions = precondition_parts(list(parts.values()))
         for (index, part), direction in zip(parts.items(), directions, strict=True):
             found.append(InGradientSpace(self._layers[index], part.gradient, direction))
-        stacked, others = self._stacks.of(stackable)
-        found += [stack.direction() for stack in stacked]
-        for index, ready in others.items():
-            layer = self._layers[index]
-            found.append(_alone(layer, layer.gradient(), ready))
-        return found
+        return [*found, *self._stacks.directions(stackable)]
 
     def _begin(
         self, index: int, versions: Sequence[Version | None], loss_scale: float | Tensor
@@ -148,9 +143,9 @@ class Apply:
             return None
         if ready is None:
             return InGradientSpace(layer, gradient, gradient)
-        if layer.shard is None:
-            return _alone(layer, gradient, ready)
         gradient = gradient.to(ready.activations.tensor.dtype)
+        if layer.shard is None:
+            return InGradientSpace(layer, gradient, ready.apply(gradient))
         return Part(layer.shard, gradient, ready)
 
     def _predict(
@@ -185,14 +180,6 @@ class Apply:
         if known is None or known[0] != rates or known[1].device != device:
             self._rates = known = rates, numbers_on(device, [float(r) for r in rates])
         return known[1]
-
-
-def _alone(
-    layer: TrackedLayer, gradient: Tensor | None, ready: LayerPreconditioner
-) -> InGradientSpace:
-    assert gradient is not None
-    gradient = gradient.to(ready.activations.tensor.dtype)
-    return InGradientSpace(layer, gradient, ready.apply(gradient))
 
 
 def _plain(rate: float | Tensor) -> float | Tensor:

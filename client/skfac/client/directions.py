@@ -120,20 +120,38 @@ class InStack:
         gradients: Their matrices, `[layers, *groups, d_out, d_in]`.
         directions: Shaped like `gradients`, without `factors`.
         factors: What the direction of each layer lacks, `[layers]`.
+        products: `<P, ∇W>` of each layer.
     """
 
     layers: Sequence[TrackedLayer]
     gradients: Tensor
     directions: Tensor
     factors: Tensor
+    products: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        layers: Sequence[TrackedLayer],
+        gradients: Tensor,
+        directions: Tensor,
+        factors: Tensor,
+    ) -> "InStack":
+        """Multiply directions and gradients.
+
+        Returns:
+            What has the products, too.
+        """
+        products = _inners(directions, gradients) * factors
+        return cls(layers, gradients, directions, factors, products)
 
     def inner(self) -> Tensor:
-        """Multiply directions and gradients.
+        """Give the product of directions and gradients.
 
         Returns:
             `<P, ∇W>` of each layer.
         """
-        return _inners(self.directions, self.gradients) * self.factors
+        return self.products
 
     def squares(self) -> tuple[Tensor, Tensor]:
         """Square gradients and directions.

@@ -1,12 +1,11 @@
 """Layers of equal shapes, whose gradients a GPU preconditions as one.
 
 What costs there is to start a product, not the product, unless a layer is large. So the
-versions of such layers are kept in stacks, made once for each version, and a step makes
-stacks of their gradients.
+versions of such layers are kept in stacks that new versions are copied into, and a step
+copies their gradients into stacks. Of a small model all that follows is replayed.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,42 +13,70 @@ from torch import Tensor
 from skfac.client.directions import InStack, gradients_of
 from skfac.client.layers import TrackedLayer
 from skfac.client.ready import ReadyVersions
+from skfac.client.replay import Replay
 from skfac.curvature import stacks
-from skfac.curvature.layer import LayerPreconditioner, stack_preconditioners
+from skfac.curvature.layer import LayerPreconditioner, StackedPreconditioner
 
 MOST_STACKED = 1 << 22
 """Numbers of a gradient; one that has more keeps a GPU busy by itself."""
 
+MOST_REPLAYED = 1 << 26
+"""Numbers of all gradients in stacks; with more, kernels are long anyhow.
 
-@dataclass(frozen=True, eq=False)
+Replayed kernels keep their memory, about three times as much as these numbers take.
+"""
+
+
 class StackedLayers:
-    """Some layers and what preconditions them, as one.
+    """Some layers of one geometry and what preconditions them, as one.
 
-    Attributes:
-        layers: Of one geometry.
-        versions: Theirs, without damping; see `stack_preconditioners`.
-        factors: What the results lack, `[layers]`.
+    Args:
+        layers: They.
+        versions: Theirs, of equal forms and shapes.
     """
 
-    layers: tuple[TrackedLayer, ...]
-    versions: LayerPreconditioner
-    factors: Tensor
+    def __init__(
+        self,
+        layers: Sequence[TrackedLayer],
+        versions: Sequence[LayerPreconditioner],
+    ) -> None:
+        self.layers = layers
+        self.versions = StackedPreconditioner(versions)
+        self._inputs: list[Tensor] | None = None
+
+    @property
+    def numel(self) -> int:
+        """Numbers of all gradients."""
+        return sum(gradient.numel() for gradient in gradients_of(self.layers))
+
+    def gather(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Make room for the gradients that there are now.
+
+        Returns:
+            What they are to be copied to, and they.
+        """
+        gradients, count = gradients_of(self.layers), len(self.layers)
+        if self._inputs is None:
+            firsts = gradients[::count]  # of a weight, and of a bias if there are any
+            self._inputs = [one.new_empty(count, *one.shape) for one in firsts]
+        return [one for stack in self._inputs for one in stack.unbind()], gradients
+
+    def release(self) -> None:
+        """Give up the room for gradients."""
+        self._inputs = None
 
     def direction(self) -> InStack:
-        """Precondition the gradients that there are now.
+        """Precondition the gradients that were gathered.
 
         Returns:
             Their directions.
         """
-        gradients = gradients_of(self.layers)
-        count = len(self.layers)
-        weight = torch.stack(gradients[:count])
-        bias = torch.stack(gradients[count:]) if gradients[count:] else None
-        matrices = self.layers[0].geometry.to_matrix(weight, bias)
-        matrices = matrices.to(self.versions.activations.tensor.dtype)
-        flat = matrices.flatten(0, -3)  # with groups there are more of them
-        directions = self.versions.apply(flat).view_as(matrices)
-        return InStack(self.layers, matrices, directions, self.factors)
+        assert self._inputs is not None
+        weight, *bias = self._inputs
+        matrices = self.layers[0].geometry.to_matrix(weight, bias[0] if bias else None)
+        matrices = matrices.to(self.versions.dtype)
+        directions = self.versions.apply(matrices)
+        return InStack.of(self.layers, matrices, directions, self.versions.factors)
 
 
 class Stacks:
@@ -65,9 +92,10 @@ class Stacks:
     def __init__(self, layers: Sequence[TrackedLayer], ready: ReadyVersions) -> None:
         self._layers = layers
         self._ready = ready
-        self._stacked: dict[int, LayerPreconditioner] = {}
+        self._held: dict[int, LayerPreconditioner] = {}
+        self._alike: list[tuple[tuple[object, ...], list[int]]] = []
         self._stacks: list[StackedLayers] = []
-        self._others: dict[int, LayerPreconditioner] = {}
+        self._replay: Replay[list[InStack]] | None = None
 
     def may_have(self, layer: TrackedLayer) -> bool:
         """Tell whether a layer with a gradient is one for a stack.
@@ -84,27 +112,63 @@ class Stacks:
             and stacks.faster_on(gradient.device)
         )
 
-    def of(
-        self, versions: dict[int, LayerPreconditioner]
-    ) -> tuple[list[StackedLayers], dict[int, LayerPreconditioner]]:
-        """Put layers in stacks.
+    def directions(self, versions: dict[int, LayerPreconditioner]) -> list[InStack]:
+        """Precondition the gradients of layers.
 
         Args:
-            versions: By the index of each layer that has a gradient.
+            versions: Of each layer that has a gradient, by its index.
 
         Returns:
-            Stacks of two or more, and the others; the same as before if `versions` is.
+            Their directions, which the next call may overwrite.
         """
-        if versions.keys() != self._stacked.keys() or any(
-            one is not self._stacked[index] for index, one in versions.items()
+        if versions.keys() != self._held.keys() or any(
+            one is not self._held[index] for index, one in versions.items()
         ):
-            self._stacks, self._stacked = [], dict(versions)  # old memory first
-            self._others = dict(versions)
-            for indices in self._alike(versions):
-                self._stacks.append(self._stack(indices))
-        return self._stacks, self._others
+            self._take(versions)
+        targets: list[Tensor] = []
+        gradients: list[Tensor] = []
+        for stack in self._stacks:
+            for many, more in zip((targets, gradients), stack.gather(), strict=True):
+                many += more
+        if targets:
+            torch._foreach_copy_(targets, gradients)
+        if self._replay is not None:
+            return self._replay()
+        found = self._directions()
+        for stack in self._stacks:
+            stack.release()
+        return found
 
-    def _alike(self, versions: dict[int, LayerPreconditioner]) -> list[list[int]]:
+    def _directions(self) -> list[InStack]:
+        return [stack.direction() for stack in self._stacks]
+
+    def _take(self, versions: dict[int, LayerPreconditioner]) -> None:
+        alike = self._find_alike(versions)
+        self._held = dict(versions)
+        if alike == self._alike:
+            for stack, (_, indices) in zip(self._stacks, alike, strict=True):
+                stack.versions.replace([versions[index] for index in indices])
+        else:
+            self._stacks, self._replay = [], None  # old memory first
+            for _, indices in alike:
+                layers = [self._layers[index] for index in indices]
+                ones = [versions[index] for index in indices]
+                self._stacks.append(StackedLayers(layers, ones))
+            self._alike = alike
+            self._begin_to_replay()
+        for stack, (_, indices) in zip(self._stacks, alike, strict=True):
+            for index, view in zip(indices, stack.versions.views, strict=True):
+                self._ready.hold(index, view)
+                self._held[index] = view
+
+    def _begin_to_replay(self) -> None:
+        devices = {layer.weight.device for s in self._stacks for layer in s.layers}
+        if len(devices) == 1 and sum(s.numel for s in self._stacks) <= MOST_REPLAYED:
+            self._replay = Replay(self._directions, devices.pop())
+
+    def _find_alike(
+        self, versions: dict[int, LayerPreconditioner]
+    ) -> list[tuple[tuple[object, ...], list[int]]]:
         alike: dict[tuple[object, ...], list[int]] = {}
         for index, one in versions.items():
             layer = self._layers[index]
@@ -113,16 +177,4 @@ class Stacks:
             kind = layer.weight.device, layer.weight.dtype, one.tensors[0].dtype
             key = layer.geometry, layer.weight.shape, *forms, *shapes, *kind
             alike.setdefault(key, []).append(index)
-        return [indices for indices in alike.values() if len(indices) > 1]
-
-    def _stack(self, indices: list[int]) -> StackedLayers:
-        ones = [self._stacked[index] for index in indices]
-        versions, factors, views = stack_preconditioners(ones)
-        for index, view in zip(indices, views, strict=True):
-            self._ready.hold(index, view)
-            self._stacked[index] = view
-            del self._others[index]
-        layers = tuple(self._layers[index] for index in indices)
-        like = versions.activations.tensor
-        numbers = stacks.numbers_on(like.device, factors).to(like.dtype)
-        return StackedLayers(layers, versions, numbers)
+        return list(alike.items())

@@ -16,6 +16,7 @@ from skfac.curvature.damping import DampingSplit, split_damping
 from skfac.curvature.factor import Moment, moment_of
 from skfac.curvature.inverse import FactorInverse, LowRankInverse
 from skfac.curvature.invert import invert_factors
+from skfac.curvature.stacks import numbers_on
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +59,64 @@ class LayerPreconditioner:
             The preconditioned gradient, a new tensor.
         """
         return self.activations.right(self.derivatives.left(gradient), spoil=True)
+
+
+class StackedPreconditioner:
+    """The preconditioners of several layers, whose forms and shapes are equal, as one.
+
+    The memory stays where it is when others replace them.
+
+    Args:
+        ones: At least one, all on one device.
+
+    Attributes:
+        factors: What the result of `apply` lacks, one number for each.
+        views: Each of them, held in the memory of all.
+    """
+
+    def __init__(self, ones: Sequence[LayerPreconditioner]) -> None:
+        sides = zip(*(one.tensors for one in ones), strict=True)
+        self._stacks = [side[0].new_empty(len(side), *side[0].shape) for side in sides]
+        undamped, _ = _without_damping(ones[0])
+        # Groups are more of the same.
+        flat = [stack.flatten(0, -3) for stack in self._stacks]
+        self._whole = undamped.with_tensors(*flat)
+        self.factors = self._stacks[0].new_empty(len(ones))
+        self.views: list[LayerPreconditioner] = []
+        self.replace(ones)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all tensors."""
+        dtype: torch.dtype = self.factors.dtype
+        return dtype
+
+    def replace(self, ones: Sequence[LayerPreconditioner]) -> None:
+        """Take others, of the same forms and shapes.
+
+        Args:
+            ones: As many; they may be views of before.
+        """
+        sides = zip(*(one.tensors for one in ones), strict=True)
+        targets = [one for stack in self._stacks for one in stack.unbind()]
+        sources = [tensor for side in sides for tensor in side]
+        torch._foreach_copy_(targets, sources)
+        factors = [_without_damping(one)[1] for one in ones]
+        self.factors.copy_(numbers_on(self.factors.device, factors))
+        views = zip(*(stack.unbind() for stack in self._stacks), strict=True)
+        self.views = [
+            one.with_tensors(*view) for one, view in zip(ones, views, strict=True)
+        ]
+
+    def apply(
+        self, gradients: Float[Tensor, "layers *groups d_out d_in"]
+    ) -> Float[Tensor, "layers *groups d_out d_in"]:
+        """Precondition a gradient with each.
+
+        Returns:
+            New tensors, each without its factor.
+        """
+        return self._whole.apply(gradients.flatten(0, -3)).view_as(gradients)
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,34 +246,6 @@ def precondition_layers(
         _joined(next(inverses), next(inverses)) if refusal is None else refusal
         for refusal in refused
     ]
-
-
-def stack_preconditioners(
-    ones: Sequence[LayerPreconditioner],
-) -> tuple[LayerPreconditioner, list[float], list[LayerPreconditioner]]:
-    """Put preconditioners whose forms and shapes are equal in one stack.
-
-    Args:
-        ones: At least one, all on one device.
-
-    Returns:
-        One for matrices in a stack, `[ones * groups, d_out, d_in]`, of which low-rank
-        inverses have no damping; the factor that the result of each one lacks for it;
-        and each one again, as a view of the stack.
-    """
-    undamped = [_without_damping(one) for one in ones]
-    stacks = [
-        torch.stack(side) for side in zip(*(o.tensors for o in ones), strict=True)
-    ]
-    views = [
-        one.with_tensors(*tensors) for one, *tensors in zip(ones, *stacks, strict=True)
-    ]
-    flat = [stack.flatten(0, -3) for stack in stacks]
-    return (
-        undamped[0][0].with_tensors(*flat),
-        [factor for _, factor in undamped],
-        views,
-    )
 
 
 def _without_damping(one: LayerPreconditioner) -> tuple[LayerPreconditioner, float]:
