@@ -32,13 +32,15 @@ def jobs_on_gpu() -> list[tuple[str, list[str]]]:
     """List what is run with `--device cuda`; names of scripts with their options."""
     # A step takes milliseconds there, less than the copies to the engine and back.
     common = _options(device="cuda", lag=10, rounds=3)
+    small = _options(model="transformer", width=768, batch=32, against="adamw")
     large = _options(model="transformer", width=2048, batch=64, steps=20)
     steps = [
+        small,
+        [*small, *_options(where="embedded")],
+        _options(model="mlp", width=4096, batch=256, against="adamw", steps=100),
         [*large, *_options(against="adamw")],
         [*large, *_options(against="adamw", where="embedded")],
-        [*_options(model="transformer", width=768, batch=32, against="adamw")],
-        [*_options(model="cnn", width=128, batch=256, against="adamw")],
-        [*_options(model="mlp", width=4096, batch=256, against="adamw", steps=100)],
+        _options(model="cnn", width=128, batch=256, against="adamw"),
         [*large, *_options(against="adamw", update_every=3)],
         [*large, *_options(against="adamw", where="cpu")],
         [*large, *_options(against="adamw,muon,dense-kfac")],
