@@ -111,6 +111,20 @@ def test_gradients_keep_their_type(gradient, wire):
         assert error < 10 * torch.finfo(gradient).eps
 
 
+@pytest.mark.parametrize("wrapped", [torch.bfloat16, torch.float16])
+def test_a_step_inside_autocast_is_as_precise_as_outside(wrapped):
+    results = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        model = model_with_gradients()
+        layers = layers_of(model)
+        versions = [version_of(layer, index) for index, layer in enumerate(layers)]
+        with torch.autocast("cpu", dtype=wrapped, enabled=enabled):
+            apply(layers, versions)
+        results.append([parameter.grad for parameter in model.parameters()])
+    assert all(map(torch.equal, *results))
+
+
 def test_a_new_version_replaces_the_old_one():
     model = model_with_gradients()
     layers = layers_of(model)

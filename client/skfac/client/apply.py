@@ -1,6 +1,7 @@
 """Turns the gradients of a model into preconditioned ones, inside a trust region."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from skfac.client.directions import (
     InStack,
     write,
 )
+from skfac.client.hooks import without_autocast
 from skfac.client.layers import TrackedLayer
 from skfac.client.phases import phase
 from skfac.client.ready import ReadyVersions
@@ -93,6 +95,18 @@ class Apply:
             kl_clip: κ of `trust="kl"`.
             loss_scale: What the loss was multiplied by in the backward.
         """
+        with ExitStack() as stack:
+            for kind in {layer.weight.device.type for layer in self._layers}:
+                stack.enter_context(without_autocast(kind))
+            self._run(versions, trust, kl_clip, loss_scale)
+
+    def _run(
+        self,
+        versions: Sequence[Version | None],
+        trust: Trust,
+        kl_clip: float,
+        loss_scale: float | Tensor,
+    ) -> None:
         with phase("apply"):
             directions = self._directions(versions, loss_scale)
         if not directions:
