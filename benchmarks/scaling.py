@@ -220,7 +220,7 @@ def main(
     ] = 12.0,
     gpu_layer_ms: Annotated[
         float, typer.Option(help="Of a GPU for a layer, however few rows it has.")
-    ] = 0.6,
+    ] = 0.3,
     calculate: Annotated[
         bool,
         typer.Option("--calculate", help="Measure nothing: take it from the record."),
