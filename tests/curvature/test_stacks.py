@@ -1,12 +1,14 @@
 """Many factors at once: each has the bits, or the refusal, that it has alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from skfac.curvature import stacks
 from skfac.curvature.damped import DampedFactor, NoInverse
-from skfac.curvature.factor import Moment, moment_of
+from skfac.curvature.factor import Moment, look_at, moment_of
 from skfac.curvature.inverse import (
     DenseInverse,
     DiagonalInverse,
@@ -21,7 +23,7 @@ from skfac.curvature.layer import (
     precondition_layers,
     precondition_moments,
 )
-from skfac.curvature.stacks import in_stacks
+from skfac.curvature.stacks import in_stacks, read_numbers
 from tests.support.dense import normal
 from tests.support.values import assert_same_preconditioner, same_bits
 
@@ -182,6 +184,26 @@ def test_stacks_are_of_equal_shapes(stacked):
     for first, second, (product, total) in zip(firsts, seconds, results, strict=True):
         torch.testing.assert_close(product, first @ second)
         torch.testing.assert_close(total, first.sum())
+
+
+def test_the_traces_of_many_are_those_of_each(stacked, monkeypatch):
+    taken, waits = [replace(moment) for moment in all_forms()], []
+
+    def read(tensors):
+        waits.append(len(tensors))
+        return read_numbers(tensors)
+
+    monkeypatch.setattr("skfac.curvature.factor.read_numbers", read)
+    look_at(taken)
+
+    assert waits == [len(taken) - 2, 1, 1]  # once for each form
+    for moment in taken:
+        alone = replace(moment)
+        assert "trace" in vars(moment)
+        assert "trace" not in vars(alone)
+        assert moment.trace == pytest.approx(alone.trace, rel=1e-12)
+    look_at(taken)
+    assert len(waits) == 3
 
 
 def preconditioner(seed: int, *, activations, derivatives) -> LayerPreconditioner:

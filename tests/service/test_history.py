@@ -202,6 +202,22 @@ def test_the_solution_holds_the_history(history):
     assert_same_preconditioner(solution.outcome.preconditioner, found)
 
 
+def test_what_cannot_be_averaged_stays_in_the_history(monkeypatch):
+    spec = session_spec(layer_spec(d_in=4, d_out=3), history="ema")
+    sent = snapshot(spec, 0)
+
+    def fails(self, settings):
+        raise torch.linalg.LinAlgError("No eigenvalues.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LayerHistory, "mean", fails)
+        solution = solved(Task("job", spec, assembly_of([sent]), 0.0))
+
+    assert isinstance(solution.outcome, Loss)
+    assert "No eigenvalues" in solution.outcome.message
+    assert_same_history(solution.history, folded_only(spec, [sent]))
+
+
 def test_what_cannot_be_inverted_stays_in_the_history(monkeypatch):
     spec = session_spec(layer_spec(d_in=4, d_out=3), history="ema")
     sent = [snapshot(spec, step, damping=1e-7) for step in range(2)]
