@@ -142,7 +142,7 @@ class Apply:
     def _begin(
         self, index: int, versions: Sequence[Version | None], loss_scale: float | Tensor
     ) -> Direction | Part | LayerPreconditioner | None:
-        # The last but one waits for the other parts, the last for others of its shape.
+        # A part waits for the other parts, a preconditioner for layers of its shape.
         layer = self._layers[index]
         rows, weight = self._rows.take(index), layer.weight.grad
         if weight is None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from skfac.client.layers import TrackedLayer
 from skfac.client.row_space import Rows
+from skfac.curvature.stacks import for_each
 from skfac.curvature.trust import inner
 
 
@@ -36,7 +37,17 @@ class Factor:
 
 
 @dataclass(frozen=True, eq=False)
-class InRowSpace:
+class _OfOneLayer:
+    layer: TrackedLayer
+
+    @property
+    def layers(self) -> Sequence[TrackedLayer]:
+        """The one layer."""
+        return (self.layer,)
+
+
+@dataclass(frozen=True, eq=False)
+class InRowSpace(_OfOneLayer):
     """A layer whose gradient its backward has preconditioned.
 
     Attributes:
@@ -45,14 +56,8 @@ class InRowSpace:
         loss_scale: What the loss was multiplied by in them.
     """
 
-    layer: TrackedLayer
     rows: Rows
     loss_scale: float | Tensor
-
-    @property
-    def layers(self) -> Sequence[TrackedLayer]:
-        """The one layer."""
-        return (self.layer,)
 
     def inner(self) -> Tensor:
         """Multiply direction and gradient.
@@ -73,7 +78,7 @@ class InRowSpace:
 
 
 @dataclass(frozen=True, eq=False)
-class InGradientSpace:
+class InGradientSpace(_OfOneLayer):
     """The direction of a layer, beside its gradient.
 
     Attributes:
@@ -82,14 +87,8 @@ class InGradientSpace:
         direction: Shaped like it.
     """
 
-    layer: TrackedLayer
     gradient: Tensor
     direction: Tensor
-
-    @property
-    def layers(self) -> Sequence[TrackedLayer]:
-        """The one layer."""
-        return (self.layer,)
 
     def inner(self) -> Tensor:
         """Multiply direction and gradient.
@@ -174,7 +173,7 @@ class InStack:
             one
             for part in parts
             if part is not None
-            for one in (part * by.view(-1, *[1] * (part.ndim - 1))).unbind()
+            for one in (part * for_each(by, part)).unbind()
         ]
 
 

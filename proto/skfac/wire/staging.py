@@ -2,7 +2,7 @@
 
 On a CUDA device copies run on a stream of their own through pinned memory, and only
 `HostCopy.wait` blocks, which is called from background threads. On the CPU there is
-nothing to copy. This is the only module that knows CUDA streams.
+nothing to copy. Only this module and `skfac.client.replay` know CUDA streams.
 """
 
 from collections.abc import Sequence

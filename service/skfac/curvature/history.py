@@ -124,12 +124,13 @@ class LayerHistory:
             ValueError: As `fold` does.
             torch.linalg.LinAlgError: As `fold` does.
         """
-        kept = []
-        older = self.activations, self.derivatives
         for newest in update.moments:
             newest.check()
-        for moments, newest in zip(older, update.moments, strict=True):
-            kept.append(_fold(self.history, moments, newest, settings))
+        older = self.activations, self.derivatives
+        kept = [
+            _fold(self.history, moments, newest, settings)
+            for moments, newest in zip(older, update.moments, strict=True)
+        ]
         return replace(
             self,
             activations=kept[0],

@@ -34,7 +34,7 @@ from skfac.curvature.inverse import (
     FactorInverse,
     LowRankInverse,
 )
-from skfac.curvature.stacks import in_stacks, numbers_on, read_numbers
+from skfac.curvature.stacks import for_each, in_stacks, numbers_on, read_numbers
 
 
 def invert_factor(
@@ -158,13 +158,8 @@ def _short_side(factor: DampedFactor) -> Tensor:
 def _damped_gram(side: Tensor, shift: Tensor, *, product: bool) -> tuple[Tensor]:
     gram = side @ side.mT if product else side.clone()
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    diagonal.add_(_for_each(shift, diagonal))
+    diagonal.add_(for_each(shift, diagonal))
     return (gram,)
-
-
-def _for_each(numbers: Tensor, like: Tensor) -> Tensor:
-    # A scalar, or one number for each of a stack, with dimensions to be multiplied by.
-    return numbers.reshape(*numbers.shape, *[1] * (like.ndim - numbers.ndim))
 
 
 def _low_rank_inverses(
@@ -202,4 +197,4 @@ def _dense(cholesky: Tensor, weight: Tensor, *, dtype: torch.dtype) -> tuple[Ten
     # LAPACK leaves column-major results, on which products round differently: the same
     # inverse, sent over a wire, would not give the same bits.
     matrix = torch.cholesky_inverse(cholesky).mT
-    return ((matrix * _for_each(weight, matrix)).to(dtype).contiguous(),)
+    return ((matrix * for_each(weight, matrix)).to(dtype).contiguous(),)

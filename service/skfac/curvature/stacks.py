@@ -76,3 +76,16 @@ def numbers_on(device: torch.device, values: Sequence[float]) -> Tensor:
     pinned = device.type == "cuda"
     numbers = torch.tensor(values, dtype=torch.float64, pin_memory=pinned)
     return numbers.to(device, non_blocking=True)
+
+
+def for_each(numbers: Tensor, like: Tensor) -> Tensor:
+    """Give numbers the dimensions to calculate with a tensor, or a stack of them.
+
+    Args:
+        numbers: A scalar, or one for each place of the stack.
+        like: The tensor.
+
+    Returns:
+        A view with as many dimensions as `like`.
+    """
+    return numbers.reshape(*numbers.shape, *[1] * (like.ndim - numbers.ndim))
