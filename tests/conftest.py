@@ -23,6 +23,7 @@ torch.set_num_threads(1)
 collect_ignore = [] if find_spec("selenium") else ["browser"]
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="there is no CUDA device here")
@@ -35,6 +36,14 @@ def pytest_collection_modifyitems(items):
         words = {*item.path.parts, *item.path.stem.split("_"), *params.split("-")}
         if "ray" in words or "ray_cluster" in item.fixturenames:
             item.add_marker(pytest.mark.xdist_group("ray"))
+
+
+@pytest.fixture(autouse=True)
+def _one_worker_has_the_group(request):
+    """A pytest that pytest-xdist does not know yet might run a group's tests at once."""
+    group = request.node.get_closest_marker("xdist_group")
+    if group is not None and hasattr(request.config, "workerinput"):
+        assert request.node.nodeid.endswith(f"@{group.args[0]}")
 
 
 @pytest.fixture(autouse=True)
