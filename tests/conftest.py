@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _one_worker_has_the_group(request):
-    """A pytest that pytest-xdist does not know yet might run a group's tests at once."""
+    """A pytest that is too new for pytest-xdist would run a group's tests at once."""
     group = request.node.get_closest_marker("xdist_group")
     if group is not None and hasattr(request.config, "workerinput"):
         assert request.node.nodeid.endswith(f"@{group.args[0]}")
