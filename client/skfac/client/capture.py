@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from skfac.client.config import WIRE_DTYPES, PreconditionerConfig
 from skfac.client.hooks import HookedLayers, backward_id, without_autocast
 from skfac.client.layers import TrackedLayer
 from skfac.client.phases import phase
+from skfac.client.tap import listen_to
 from skfac.curvature.geometry import LayerGeometry
 from skfac.curvature.positions import Empty, Positions, draw_positions
 from skfac.curvature.settings import CurvatureSettings
@@ -99,30 +99,6 @@ class PendingSnapshot:
         """
         copies = {index: self._copies[index] for index in layers}
         return replace(self, _copies=copies, report=report)
-
-
-class _Tap(torch.autograd.Function):
-    """The output of a layer, with somebody listening to its derivatives.
-
-    A hook on the output itself would be lost when a model changes it in place and it
-    is a view, as that of a linear layer on sequences is.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,  # noqa: ANN401
-        output: Tensor,
-        original: Tensor,
-        listen: Callable[[Tensor], None],
-    ) -> Tensor:
-        ctx.mark_dirty(output)  # then it is no view, and may be changed in place
-        ctx.listen = listen
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *derivatives: Any) -> Any:  # noqa: ANN401
-        ctx.listen(derivatives[0])
-        return None, derivatives[0], None
 
 
 class Capture:
@@ -271,10 +247,8 @@ class Capture:
         call = _Call(rows)
         calls.append(call)
         scale = self._derivative_scale(batch, output.device)
-
         listen = partial(self._listen, call, geometry, positions, scale, empty)
-        tapped: Tensor = _Tap.apply(output.detach(), output, listen)  # type: ignore[no-untyped-call]
-        return tapped
+        return listen_to(output, listen)
 
     @torch.no_grad()
     def _listen(

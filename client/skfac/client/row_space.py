@@ -306,11 +306,14 @@ class _RowBackward(torch.autograd.Function):
         ctx.mark_dirty(output)
         ctx.save_for_backward(inputs, weight)
         ctx.rows, ctx.index = rows, index
+        ctx.listeners = []  # see `skfac.client.tap`
         return output
 
     @staticmethod
     def backward(ctx: Any, *derivatives: Any) -> Any:  # noqa: ANN401
         (d,) = derivatives
+        for listener in ctx.listeners:
+            listener(d)
         inputs, weight = ctx.saved_tensors
         with without_autocast(d.device.type):
             by_input = None

@@ -1,6 +1,7 @@
 """Values <-> messages: sessions, snapshots and outcomes."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import get_args
 
 from torch import Tensor
 
@@ -53,12 +54,11 @@ _FORMS: """dict[
     pb.FactorInverse.FORM_DENSE: DenseInverse,
     pb.FactorInverse.FORM_DIAGONAL: DiagonalInverse,
 }
+_FORM_CODES: "dict[type[FactorInverse], pb.FactorInverse.Form.ValueType]" = {
+    form: code for code, form in _FORMS.items()
+}
 _LOSS_REASONS: dict[str, LossReason] = {
-    "superseded": "superseded",
-    "failed": "failed",
-    "empty": "empty",
-    "refused": "refused",
-    "gone": "gone",
+    reason: reason for reason in get_args(LossReason)
 }
 
 _OUTCOMES_PER_MANIFEST = 256  # so that no manifest outgrows a frame
@@ -353,7 +353,7 @@ def _decode_outcome(message: pb.LayerOutcome, tensors: Iterator[Tensor]) -> Outc
 def _encode_inverse(
     message: pb.FactorInverse, inverse: FactorInverse, offset: int | None
 ) -> None:
-    message.form = code_of(_FORMS, type(inverse))
+    message.form = _FORM_CODES[type(inverse)]
     message.damping = inverse.damping
     fill_header(message.matrix, inverse.tensor, offset)
 

@@ -142,7 +142,8 @@ def byte_views(tensors: Iterable[Tensor]) -> Iterator[memoryview]:
     for tensor in tensors:
         if not tensor.numel():
             continue
-        view = tensor.detach().contiguous().numpy().data.cast("B")
+        whole = tensor.detach() if tensor.requires_grad else tensor
+        view = whole.contiguous().numpy().data.cast("B")
         yield view
         if len(view) % ALIGNMENT:
             yield padding[: padded(len(view)) - len(view)]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import TypeVar
 
 import torch
@@ -118,13 +119,21 @@ def decode_header(message: pb.TensorHeader) -> TensorHeader:
         raise InvalidRequestError(
             f"A tensor has {len(message.shape)} dimensions; {MAX_DIMENSIONS} are taken."
         )
-    if math.prod(extent or 1 for extent in message.shape) > MAX_NUMEL:
+    header = _header(message.dtype, tuple(message.shape))
+    if message.HasField("shared_offset"):
+        return header.at(message.shared_offset)
+    return header
+
+
+# A model declares the same tensors again and again.
+@lru_cache(maxsize=4096)
+def _header(code: "pb.Dtype.ValueType", shape: tuple[int, ...]) -> TensorHeader:
+    if math.prod(extent or 1 for extent in shape) > MAX_NUMEL:
         raise InvalidRequestError(
-            f"A tensor has shape {tuple(message.shape)}; its extents may multiply to "
-            f"{MAX_NUMEL}, those that are 0 left out."
+            f"A tensor has shape {shape}; its extents may multiply to {MAX_NUMEL}, "
+            "those that are 0 left out."
         )
-    offset = message.shared_offset if message.HasField("shared_offset") else None
-    return TensorHeader(decode_dtype(message.dtype), tuple(message.shape), offset)
+    return TensorHeader(decode_dtype(code), shape)
 
 
 def encode_dtype(dtype: torch.dtype) -> "pb.Dtype.ValueType":

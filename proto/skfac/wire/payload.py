@@ -5,7 +5,6 @@ the rows of a snapshot go layer by layer, as they are solved.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,15 +14,14 @@ from skfac.wire.memory import Pool
 from skfac.wire.shared_memory import Area
 from skfac.wire.snapshot import TensorHeader
 
-BLOCK_BYTES = 128 * 1024
-"""A block with so much takes no more tensors: many small blocks would cost time."""
+BLOCK_BYTES = 1024 * 1024
+"""A block with so much takes no more tensors: many small blocks would cost time.
 
+It is what a `Pool` gives from memory that is used again.
+"""
 
-@dataclass(frozen=True)
-class _Place:
-    # Where a tensor is: in which block, and where in it.
-    block: int
-    begin: int
+_Place = tuple[int, int]
+"""Where a tensor is: in which block, and where it begins there."""
 
 
 class PayloadBuffer:
@@ -101,19 +99,19 @@ class PayloadBuffer:
             InvalidRequestError: If one is not where it is said to be.
         """
         area.check(self._headers)
-        runs: list[tuple[int, _Place, int]] = []  # offset, where to, and end there
+        runs: list[tuple[int, int, int, int]] = []  # offset; block, begin and end there
         for index in self._shared:
-            header, place = self._headers[index], self._places[index]
+            header, (block, begin) = self._headers[index], self._places[index]
             assert header.shared_offset is not None
-            end = place.begin + header.nbytes
-            if runs and runs[-1][1].block == place.block:
-                offset, first, _ = runs[-1]
-                if header.shared_offset - offset == place.begin - first.begin:
-                    runs[-1] = offset, first, end
+            end = begin + header.nbytes
+            if runs and runs[-1][1] == block:
+                offset, _, first, _ = runs[-1]
+                if header.shared_offset - offset == begin - first:
+                    runs[-1] = offset, block, first, end
                     continue
-            runs.append((header.shared_offset, place, end))
-        for offset, place, end in runs:
-            area.read(offset, self._views[place.block][place.begin : end])
+            runs.append((header.shared_offset, block, begin, end))
+        for offset, block, begin, end in runs:
+            area.read(offset, self._views[block][begin:end])
         nbytes = sum(self._headers[index].nbytes for index in self._shared)
         self._shared = []
         return nbytes
@@ -125,27 +123,20 @@ class PayloadBuffer:
             Tensors that nothing else will write to; some share their memory.
         """
         assert self.complete, "A payload is read before all of it is there."
-        typed: dict[tuple[int, torch.dtype], Tensor] = {}
+        typed: list[dict[torch.dtype, Tensor]] = [{} for _ in self._blocks]
         found = []
         for index, header in enumerate(self._headers):
-            place = self._places[index]
-            key = place.block, header.dtype
-            if key not in typed:
-                typed[key] = self._blocks[place.block].view(header.dtype)
-            begin = place.begin // header.dtype.itemsize
+            block, begin = self._places[index]
+            views, dtype = typed[block], header.dtype
+            if dtype not in views:
+                views[dtype] = self._blocks[block].view(dtype)
             # One operation, where narrow and view would be two for each tensor.
             found.append(
-                typed[key].as_strided(header.shape, _strides(header.shape), begin)
+                views[dtype].as_strided(
+                    header.shape, header.strides, begin // dtype.itemsize
+                )
             )
         return found
-
-
-def _strides(shape: Sequence[int]) -> list[int]:
-    # Of a contiguous tensor.
-    strides = [1] * len(shape)
-    for i in range(len(shape) - 1, 0, -1):
-        strides[i - 1] = strides[i] * max(shape[i], 1)
-    return strides
 
 
 def _arrange(
@@ -161,7 +152,7 @@ def _arrange(
     for index in indices:
         if not sizes or sizes[-1] >= BLOCK_BYTES:
             sizes.append(0)
-        places[index] = _Place(first + len(sizes) - 1, sizes[-1])
+        places[index] = first + len(sizes) - 1, sizes[-1]
         sizes[-1] += headers[index].padded_nbytes
     return sizes
 

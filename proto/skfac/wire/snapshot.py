@@ -1,7 +1,8 @@
 """The rows that one rank captured at one step, and what it declares about them."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -36,15 +37,31 @@ class TensorHeader:
         """
         return cls(tensor.dtype, tuple(tensor.shape))
 
-    @property
+    def at(self, shared_offset: int) -> "TensorHeader":
+        """Describe the same tensor in shared memory.
+
+        Returns:
+            Its header.
+        """
+        return replace(self, shared_offset=shared_offset)
+
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of the elements."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    @property
+    @cached_property
     def padded_nbytes(self) -> int:
         """Bytes up to where the next tensor of a payload begins."""
         return padded(self.nbytes)
+
+    @cached_property
+    def strides(self) -> tuple[int, ...]:
+        """Of a contiguous tensor, in elements."""
+        strides = [1] * len(self.shape)
+        for i in range(len(self.shape) - 1, 0, -1):
+            strides[i - 1] = strides[i] * max(self.shape[i], 1)
+        return tuple(strides)
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ class LinearGeometry:
             One row per sample, or per sample and kept position.
         """
         values = by_sample(inputs)
-        if positions.reduction in ("reduce", "authors"):
+        if values.ndim == 2 or positions.reduction in ("reduce", "authors"):
             # The mean of a column of ones: appended late, it is never formed.
             return with_bias_column(mean_rows(values, positions), self.bias, empty)
         if self.bias:

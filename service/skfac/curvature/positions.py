@@ -101,14 +101,16 @@ def draw_positions(
 
 
 def mean_rows(
-    values: Float[Tensor, "batch positions d"], positions: Positions
+    values: Float[Tensor, "batch *positions d"], positions: Positions
 ) -> Float[Tensor, "n d"]:
     """Make rows of the activations' side; samples come one after the other.
 
     Returns:
         They, in memory of `values` if there is only one position.
     """
-    if positions.reduction in ("reduce", "authors"):
+    if values.ndim == 2:
+        rows = values
+    elif positions.reduction in ("reduce", "authors"):
         rows = values[:, 0] if values.shape[1] == 1 else values.mean(1)
     else:
         rows = _kept(values, positions) * math.sqrt(values.shape[1])
@@ -117,7 +119,7 @@ def mean_rows(
 
 
 def sum_rows(
-    values: Float[Tensor, "batch positions d"],
+    values: Float[Tensor, "batch *positions d"],
     positions: Positions,
     scale: float | Float[Tensor, ""],
     empty: Empty = new_memory,
@@ -127,7 +129,9 @@ def sum_rows(
     Returns:
         New memory, row by row: products round differently in another layout.
     """
-    if positions.reduction in ("reduce", "authors") and values.shape[1] == 1:
+    if values.ndim == 2:
+        rows = values
+    elif positions.reduction in ("reduce", "authors") and values.shape[1] == 1:
         rows = values[:, 0]
     elif positions.reduction == "reduce":
         rows = values.sum(1)
@@ -140,16 +144,19 @@ def sum_rows(
 
 def by_sample(
     values: Float[Tensor, "*batch_positions d"],
-) -> Float[Tensor, "batch positions d"]:
-    """Bring `[d]`, `[batch, d]` or `[batch, *positions, d]` to three dimensions.
+) -> Float[Tensor, "batch *positions d"]:
+    """Bring `[d]` or `[batch, *positions, d]` to three dimensions.
 
-    Samples without any position have no rows: they are left out.
+    Samples without any position have no rows: they are left out. `[batch, d]` are rows
+    already.
 
     Returns:
         A view where possible.
     """
     if values.ndim == 1:
         return values.reshape(1, 1, -1)
+    if values.ndim == 2:
+        return values
     batch, positions = sample_extents(values)
     if positions == 0:
         batch, positions = 0, 1
