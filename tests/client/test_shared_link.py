@@ -108,6 +108,32 @@ def test_what_is_in_place_is_not_copied_and_the_rest_is_once(link, counts):
         assert torch.equal(mine, theirs)
 
 
+def test_the_rows_of_a_snapshot_lie_side_by_side_and_come_back_together(link):
+    opened(link)
+    arena = link._arena
+    shapes = [tuple(tensor.shape) for tensor in snapshot(SPEC).tensors]
+    first = [link.empty(shape, torch.float32) for shape in shapes]
+    link.end_snapshot()
+    second = [link.empty(shape, torch.float32) for shape in shapes]
+
+    assert [link.locate(rows) for rows in first] == [0, padded(first[0].nbytes)]
+    assert link.locate(second[0]) == TAKEN
+    link.end_snapshot()
+    assert arena.free_bytes == (SPEC.versions_in_flight - 1) * TAKEN
+    first.pop()
+    assert arena.free_bytes == (SPEC.versions_in_flight - 1) * TAKEN
+    first.clear()
+    assert arena.free_bytes == SPEC.versions_in_flight * TAKEN
+
+
+def test_rows_that_were_not_expected_have_parts_of_their_own(link):
+    opened(link)
+    whole = link.empty((TAKEN // 4,), torch.float32)
+    more = link.empty((5,), torch.float32)
+
+    assert [link.locate(whole), link.locate(more)] == [0, TAKEN]
+
+
 def test_memory_is_used_again_only_after_the_answer(link):
     opened(link)
     arena = link._arena

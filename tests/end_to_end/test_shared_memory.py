@@ -11,6 +11,7 @@ from skfac.client import Preconditioner
 from skfac.client.shared_link import SharedLink
 from skfac.service import regions
 from skfac.wire import shared_memory
+from skfac.wire.arena import Arena
 from skfac.wire.shared_memory import open_region
 from tests.support.models import backward, flat_parameters, sgd, small_cnn
 from tests.support.servers import LONG_S, ServerProcess, free_address, serving
@@ -104,6 +105,24 @@ def test_histories_change_nothing_of_it(history):
 
     assert same(trajectory, trained("embedded", **settings)[0])
     assert all(counts[name] > 0 for name in SHARED)
+
+
+def test_rows_of_a_snapshot_take_one_part_of_the_memory(monkeypatch, expected):
+    taken: list[int] = []
+    real = Arena.empty
+
+    def empty(arena, shape, dtype):
+        taken.append(dtype.itemsize)
+        return real(arena, shape, dtype)
+
+    monkeypatch.setattr(Arena, "empty", empty)
+    with serving() as server, Trainer(server.address) as trainer:
+        trainer.train(STEPS // 2)  # the first snapshots have no such memory
+        taken.clear()
+        trainer.train(STEPS - STEPS // 2)
+
+    assert taken == [1] * (STEPS - STEPS // 2)  # bytes
+    assert same(trainer.trajectory, expected)
 
 
 def seeing(monkeypatch: pytest.MonkeyPatch, **places: Path) -> None:

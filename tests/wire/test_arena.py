@@ -123,3 +123,38 @@ def test_threads_get_parts_of_their_own():
 @pytest.mark.parametrize("shape", [(2**40,), (2**31, 2**20)])
 def test_there_is_no_room_for_the_impossible(shape):
     assert arena().empty(shape, torch.float64) is None
+
+
+@given(takes=st.lists(TAKE, max_size=12), nbytes=st.integers(1, NBYTES))
+def test_tensors_of_a_slab_never_overlap_and_come_back_together(takes, nbytes):
+    made = arena()
+    slab = made.slab(nbytes)
+    taken = -(-nbytes // 64) * 64
+    assert slab is not None
+    live: list[tuple[torch.Tensor, float]] = []
+    end = 0
+    for number, (shape, dtype) in enumerate(takes, 1):
+        tensor = slab.empty(shape, dtype)
+        wanted = torch.Size(shape).numel() * dtype.itemsize
+        assert (tensor is None) == (wanted == 0 or end + wanted > taken)
+        if tensor is not None:
+            assert (tuple(tensor.shape), tensor.dtype) == (shape, dtype)
+            assert made.offset_of(tensor) == end
+            live.append((tensor.fill_(float(number)), float(number)))
+            end += -(-wanted // 64) * 64
+
+    for tensor, value in live:
+        assert bool((tensor == value).all())
+    slab = tensor = None
+    while live:
+        assert made.free_bytes == NBYTES - taken
+        live.pop()
+    assert made.free_bytes == NBYTES
+
+
+def test_a_slab_needs_its_room():
+    made = arena()
+    first = made.slab(NBYTES - 64)
+    assert first is not None
+    assert made.slab(65) is None
+    assert made.slab(64) is not None

@@ -250,7 +250,6 @@ class Capture:
         listen = partial(self._listen, call, geometry, positions, scale, empty)
         return listen_to(output, listen)
 
-    @torch.no_grad()
     def _listen(
         self,
         call: _Call,
@@ -287,7 +286,6 @@ class Capture:
             seed=seed + (self._rank << 48),
         )
 
-    @torch.no_grad()
     def _activation_rows(
         self,
         geometry: LayerGeometry,

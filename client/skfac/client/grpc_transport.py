@@ -87,6 +87,9 @@ class GrpcTransport:
 
     def push(self, snapshot: PendingSnapshot) -> None:
         """Take a snapshot and return at once."""
+        shared = self._shared
+        if shared is not None:
+            shared.end_snapshot()
         for step in self._outbox.put(snapshot):
             self._link.lose(step, "superseded", "The sender did not keep up.")
 

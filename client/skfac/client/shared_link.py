@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skfac.wire.arena import Arena
+from skfac.wire.arena import Arena, Slab
 from skfac.wire.frames import encode_region, payload_nbytes
 from skfac.wire.memory import Pool
 from skfac.wire.payload import PayloadBuffer
@@ -51,11 +51,16 @@ class SharedLink:
         self._kinds = [True, False]  # sealed ones are faster, but not seen everywhere
         self._region: OwnRegion | None = None
         self._arena: Arena | None = None  # once the region is accepted
+        self._snapshot_nbytes = 0
+        self._slab: Slab | None = None  # of the snapshot that is captured
+        self._begun = False  # whether any of that has memory
         self._in_flight: dict[int, Snapshot] = {}
         self._pool = Pool()
 
+    # ---------------------------------------------------------------- trainer
+
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
-        """Make a tensor in shared memory.
+        """Make a tensor in shared memory for the snapshot that is captured.
 
         Returns:
             The tensor; None if there is no room, or no such memory.
@@ -63,10 +68,16 @@ class SharedLink:
         arena = self._arena
         if arena is None:
             return None
-        found = arena.empty(shape, dtype)
-        if found is None and self._settle_answered():
-            found = arena.empty(shape, dtype)
-        return found
+        if not self._begun:
+            self._begun = True
+            self._settle_answered()
+            self._slab = arena.slab(self._snapshot_nbytes)
+        found = None if self._slab is None else self._slab.empty(shape, dtype)
+        return self._apart(arena, shape, dtype) if found is None else found
+
+    def end_snapshot(self) -> None:
+        """Tell that what `empty` makes from now on is for another snapshot."""
+        self._slab, self._begun = None, False
 
     # ---------------------------------------------------------------- sender
 
@@ -182,7 +193,7 @@ class SharedLink:
             self._region.discard()
 
     def _make(self, snapshot: Snapshot, *, sealed: bool) -> OwnRegion | None:
-        nbytes = payload_nbytes(snapshot.header.tensors)
+        self._snapshot_nbytes = nbytes = payload_nbytes(snapshot.header.tensors)
         up_nbytes = (self._spec.versions_in_flight + 1) * nbytes
         down_nbytes = _VERSION_SETS * _versions_nbytes(self._spec, snapshot)
         try:
@@ -198,10 +209,19 @@ class SharedLink:
         region.offer.session_id = self._session_id
         return region
 
+    def _apart(
+        self, arena: Arena, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> Tensor | None:
+        found = arena.empty(shape, dtype)
+        if found is None and self._settle_answered():
+            found = arena.empty(shape, dtype)
+        return found
+
     def _placed(self, tensor: Tensor) -> Tensor:
-        if self.locate(tensor) is not None:
+        arena = self._arena
+        if arena is None or arena.offset_of(tensor) is not None:
             return tensor
-        copy = self.empty(tuple(tensor.shape), tensor.dtype)
+        copy = self._apart(arena, tuple(tensor.shape), tensor.dtype)
         if copy is None:
             return tensor
         np.copyto(copy.numpy(), tensor.numpy())  # torch would take threads of its own

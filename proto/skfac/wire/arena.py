@@ -9,7 +9,7 @@ from collections import deque
 import torch
 from torch import Tensor
 
-from skfac.wire.snapshot import padded
+from skfac.wire.snapshot import padded, strides_of
 
 
 class _Lease(weakref.ref[memoryview]):
@@ -17,6 +17,40 @@ class _Lease(weakref.ref[memoryview]):
     # as long, of a training step and for each tensor.
     begin: int
     end: int
+
+
+class Slab:
+    """One part of an arena, for tensors that come and go together.
+
+    Each costs a fraction of what a part of its own does. It may be called from any
+    thread.
+
+    Args:
+        memory: The part, as bytes.
+    """
+
+    def __init__(self, memory: Tensor) -> None:
+        self._memory = memory
+        self._typed: dict[torch.dtype, Tensor] = {}
+        self._lock = threading.Lock()
+        self._used = 0
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """Make a tensor of any content, behind the last one.
+
+        Returns:
+            The tensor; None if it has no elements or there is no room for it.
+        """
+        nbytes = math.prod(shape) * dtype.itemsize
+        with self._lock:
+            begin = self._used
+            if not nbytes or begin + nbytes > self._memory.nbytes:
+                return None
+            self._used += padded(nbytes)
+        if dtype not in self._typed:
+            self._typed[dtype] = self._memory.view(dtype)
+        typed, first = self._typed[dtype], begin // dtype.itemsize
+        return typed.as_strided(shape, strides_of(shape), first)
 
 
 class Arena:
@@ -54,6 +88,15 @@ class Arena:
             self._leases[begin] = lease = _Lease(view, self._returned.append)
             lease.begin, lease.end = begin, begin + padded(nbytes)
         return torch.frombuffer(view, dtype=dtype).view(shape)
+
+    def slab(self, nbytes: int) -> Slab | None:
+        """Take a part for several tensors.
+
+        Returns:
+            It; None if there is no room for it.
+        """
+        memory = self.empty((padded(nbytes),), torch.uint8)
+        return None if memory is None else Slab(memory)
 
     def offset_of(self, tensor: Tensor) -> int | None:
         """Find a tensor that can be sent from where it is.

@@ -133,7 +133,7 @@ def _header(code: "pb.Dtype.ValueType", shape: tuple[int, ...]) -> TensorHeader:
             f"A tensor has shape {shape}; its extents may multiply to {MAX_NUMEL}, "
             "those that are 0 left out."
         )
-    return TensorHeader(decode_dtype(code), shape)
+    return TensorHeader(decode_dtype(code), shape).measured()
 
 
 def encode_dtype(dtype: torch.dtype) -> "pb.Dtype.ValueType":
