@@ -140,8 +140,11 @@ class Link:
         assert self._answers.linked.wait(PATIENCE_S)
         self._settings = CurvatureSettings(damping=0.1, rank=load.rows)
         self._step = itertools.count()
+        # What comes down is asked for by one row, of one layer or, as that is how large
+        # the shared memory is made for, of each.
         count = load.rows if up else 1
-        self.rows = [torch.randn(count, load.columns) for _ in range(2 * load.layers)]
+        layers = load.layers if up or shared else 1
+        self.rows = [torch.randn(count, load.columns) for _ in range(2 * layers)]
         self._begin(shared=shared)
 
     def _begin(self, *, shared: bool) -> None:
