@@ -143,8 +143,8 @@ class Link:
         # What comes down is asked for by one row, of one layer or, as that is how large
         # the shared memory is made for, of each.
         count = load.rows if up else 1
-        layers = load.layers if up or shared else 1
-        self.rows = [torch.randn(count, load.columns) for _ in range(2 * layers)]
+        sides = 2 * (load.layers if up or shared else 1)
+        self.rows = [torch.randn(count, load.columns) for _ in range(sides)]
         self._begin(shared=shared)
 
     def _begin(self, *, shared: bool) -> None:

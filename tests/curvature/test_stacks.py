@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from skfac.curvature import stacks
 from skfac.curvature.damped import DampedFactor, NoInverse
@@ -260,3 +261,45 @@ def test_gradients_of_equal_shapes_are_preconditioned_together(
             direction = directions[i] * stack.factors[i]
             torch.testing.assert_close(direction, one.apply(gradients[i]))
     assert memory == {t.data_ptr() for view in stack.views for t in view.tensors}
+
+
+class Made(TorchDispatchMode):
+    """Notes what is made of a shape, in which order."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.dtypes: list[torch.dtype] = []
+        self._shape = shape
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = op(*args, **kwargs or {})
+        if isinstance(result, Tensor) and tuple(result.shape) == self._shape:
+            self.dtypes.append(result.dtype)
+        return result
+
+
+def test_what_stays_is_made_when_nothing_more_comes_and_goes():
+    # Else it lies between what comes and goes, and memory is used only once: an engine
+    # took twice the memory that it needed.
+    factors = factors_of(moments((4, 9), (4, 9), (4, 9)), torch.float32)
+    with Made((4, 9)) as made:
+        invert_factors(factors)
+
+    assert made.dtypes == [torch.float64] * 3 + [torch.float32] * 3
+
+
+def test_numbers_stay_numbers_on_the_cpu_and_are_scalars_elsewhere(monkeypatch):
+    cpu = torch.device("cpu")
+    assert stacks.numbers_for(cpu, [1.5, 2.5]) == [1.5, 2.5]
+    assert stacks.for_each(1.5, torch.ones(2, 3)) == 1.5
+
+    monkeypatch.setattr(stacks, "faster_on", lambda device: True)
+    scalars = stacks.numbers_for(cpu, [1.5, 2.5])
+    assert [tuple(one.shape) for one in scalars] == [(), ()]
+    (scaled,), (other,) = in_stacks(
+        lambda rows, by: (rows * stacks.for_each(by, rows),),
+        [torch.ones(2, 3), torch.ones(2, 3)],
+        scalars,
+    )
+    assert torch.equal(scaled, torch.full((2, 3), 1.5))
+    assert torch.equal(other, torch.full((2, 3), 2.5))

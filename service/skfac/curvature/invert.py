@@ -34,7 +34,13 @@ from skfac.curvature.inverse import (
     FactorInverse,
     LowRankInverse,
 )
-from skfac.curvature.stacks import for_each, in_stacks, numbers_on, read_numbers
+from skfac.curvature.stacks import (
+    Number,
+    for_each,
+    in_stacks,
+    numbers_for,
+    read_numbers,
+)
 
 
 def invert_factor(
@@ -135,7 +141,7 @@ def _damped_grams(factors: list[DampedFactor]) -> list[Tensor]:
     device = factors[0].moment.tensor.device
     shifts = [factor.moment.weight * factor.total_damping for factor in factors]
     found: dict[int, Tensor] = {}
-    numbers = numbers_on(device, shifts).unbind()
+    numbers = numbers_for(device, shifts)
     for product in (True, False):
         places = [
             i for i, f in enumerate(factors) if (f.moment.form == "rows") == product
@@ -155,7 +161,7 @@ def _short_side(factor: DampedFactor) -> Tensor:
     return moment.tensor.mT if tall else moment.tensor
 
 
-def _damped_gram(side: Tensor, shift: Tensor, *, product: bool) -> tuple[Tensor]:
+def _damped_gram(side: Tensor, shift: Number, *, product: bool) -> tuple[Tensor]:
     gram = side @ side.mT if product else side.clone()
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     diagonal.add_(for_each(shift, diagonal))
@@ -166,34 +172,37 @@ def _low_rank_inverses(
     factors: list[DampedFactor], choleskys: list[Tensor], dtype: torch.dtype
 ) -> list[FactorInverse]:
     rows = [factor.moment.tensor for factor in factors]
-    bases = in_stacks(partial(_basis, dtype=dtype), choleskys, rows)
+    bases = [basis for (basis,) in in_stacks(_basis, choleskys, rows)]
+    # All products first: what stays would else lie between them, and the memory of
+    # rows that are done with could not be used again for the next products.
+    rounded = in_stacks(lambda basis: (basis.to(dtype),), bases)
     return [
         LowRankInverse(basis, factor.total_damping)
-        for factor, (basis,) in zip(factors, bases, strict=True)
+        for factor, (basis,) in zip(factors, rounded, strict=True)
     ]
 
 
-def _basis(cholesky: Tensor, rows: Tensor, *, dtype: torch.dtype) -> tuple[Tensor]:
+def _basis(cholesky: Tensor, rows: Tensor) -> tuple[Tensor]:
     identity = torch.eye(
         cholesky.shape[-1], dtype=cholesky.dtype, device=cholesky.device
     )
     root = torch.linalg.solve_triangular(cholesky, identity, upper=False)
-    return ((root @ rows).to(dtype),)
+    return (root @ rows,)
 
 
 def _dense_inverses(
     factors: list[DampedFactor], choleskys: list[Tensor], dtype: torch.dtype
 ) -> list[FactorInverse]:
     device = factors[0].moment.tensor.device
-    weights = numbers_on(device, [factor.moment.weight for factor in factors])
-    matrices = in_stacks(partial(_dense, dtype=dtype), choleskys, weights.unbind())
+    weights = numbers_for(device, [factor.moment.weight for factor in factors])
+    matrices = in_stacks(partial(_dense, dtype=dtype), choleskys, weights)
     return [
         DenseInverse(matrix, factor.total_damping)
         for factor, (matrix,) in zip(factors, matrices, strict=True)
     ]
 
 
-def _dense(cholesky: Tensor, weight: Tensor, *, dtype: torch.dtype) -> tuple[Tensor]:
+def _dense(cholesky: Tensor, weight: Number, *, dtype: torch.dtype) -> tuple[Tensor]:
     # LAPACK leaves column-major results, on which products round differently: the same
     # inverse, sent over a wire, would not give the same bits.
     matrix = torch.cholesky_inverse(cholesky).mT

@@ -16,6 +16,9 @@ from torch import Tensor
 Operation = Callable[..., tuple[Tensor, ...]]
 """Takes tensors and returns tensors, or stacks of them in a new first dimension."""
 
+Number = Tensor | float
+"""A scalar, in a stack one for each place; on the CPU a plain number will do."""
+
 
 def faster_on(device: torch.device) -> bool:
     """Tell whether stacks are faster than single matrices.
@@ -27,31 +30,32 @@ def faster_on(device: torch.device) -> bool:
 
 
 def in_stacks(
-    operation: Operation, *operands: Sequence[Tensor]
+    operation: Operation, first: Sequence[Tensor], *others: Sequence[Number]
 ) -> list[tuple[Tensor, ...]]:
     """Run an operation for each place in some sequences of tensors.
 
     Args:
         operation: What is run: on single tensors on the CPU, elsewhere on stacks of all
             whose operands have the same shapes.
-        operands: Sequences of one length, all tensors on one device.
+        first: The first operand of each place, all on one device.
+        others: Further operands there; numbers come from `numbers_for`.
 
     Returns:
         The results for each place.
     """
-    whole = list(zip(*operands, strict=True))
-    if not whole or not faster_on(whole[0][0].device):
-        return [operation(*tensors) for tensors in whole]
+    if not first or not faster_on(first[0].device):
+        return [operation(*operands) for operands in zip(first, *others, strict=True)]
+    whole = [list(map(torch.as_tensor, operand)) for operand in (first, *others)]
     by_shapes: dict[tuple[torch.Size, ...], list[int]] = {}
-    for place, tensors in enumerate(whole):
+    for place, tensors in enumerate(zip(*whole, strict=True)):
         shapes = tuple(tensor.shape for tensor in tensors)
         by_shapes.setdefault(shapes, []).append(place)
     found: dict[int, tuple[Tensor, ...]] = {}
     for places in by_shapes.values():
-        stacks = [torch.stack([operand[i] for i in places]) for operand in operands]
+        stacks = [torch.stack([operand[i] for i in places]) for operand in whole]
         results = [stack.unbind() for stack in operation(*stacks)]
         found.update(zip(places, zip(*results, strict=True), strict=True))
-    return [found[place] for place in range(len(whole))]
+    return [found[place] for place in range(len(first))]
 
 
 def read_numbers(tensors: Sequence[Tensor]) -> list[list[float]]:
@@ -60,8 +64,8 @@ def read_numbers(tensors: Sequence[Tensor]) -> list[list[float]]:
     Returns:
         The numbers of each.
     """
-    if not tensors:
-        return []
+    if not tensors or not faster_on(tensors[0].device):
+        return [tensor.double().reshape(-1).tolist() for tensor in tensors]
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     numbers = iter(flat.double().tolist())
     return [list(islice(numbers, tensor.numel())) for tensor in tensors]
@@ -78,7 +82,16 @@ def numbers_on(device: torch.device, values: Sequence[float]) -> Tensor:
     return numbers.to(device, non_blocking=True)
 
 
-def for_each(numbers: Tensor, like: Tensor) -> Tensor:
+def numbers_for(device: torch.device, values: Sequence[float]) -> Sequence[Number]:
+    """Bring numbers to where each is an operand of `in_stacks`, without waiting.
+
+    Returns:
+        One for each place.
+    """
+    return numbers_on(device, values).unbind() if faster_on(device) else values
+
+
+def for_each(numbers: Number, like: Tensor) -> Number:
     """Give numbers the dimensions to calculate with a tensor, or a stack of them.
 
     Args:
@@ -86,6 +99,8 @@ def for_each(numbers: Tensor, like: Tensor) -> Tensor:
         like: The tensor.
 
     Returns:
-        A view with as many dimensions as `like`.
+        A view with as many dimensions as `like`; a plain number as it is.
     """
+    if not isinstance(numbers, Tensor):
+        return numbers
     return numbers.reshape(*numbers.shape, *[1] * (like.ndim - numbers.ndim))
