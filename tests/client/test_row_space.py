@@ -308,6 +308,29 @@ def test_hooks_of_others_see_the_output_that_is_used():
     assert "forward" not in vars(model[0])
 
 
+@pytest.mark.parametrize("apply", ["row", "gradient"])
+def test_rows_are_of_the_derivatives_that_the_layer_gets(apply):
+    model = mlp()
+    layer, nodes = model[2], []
+
+    def double(module, inputs, output):
+        nodes.append(output.grad_fn)
+        output.register_hook(lambda derivatives: 2 * derivatives)
+
+    layer.register_forward_hook(double)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Preconditioner(model, optimizer, apply=apply, wire_dtype="float64") as pre:
+        loss_of(model, *batch_at(0)).backward()
+        rows = pre._capture.take(0).wait().layers[1]
+
+    gradient = rows.derivatives.T @ rows.activations / 12
+    torch.testing.assert_close(gradient[:, :-1], layer.weight.grad, **CLOSE)
+    # In row space the layer's own backward tells them: there is no other one.
+    (node,) = nodes
+    expected = {"row": "_RowBackwardBackward", "gradient": "_TapBackward"}
+    assert type(node).__name__ == expected[apply]
+
+
 def test_closing_gives_the_module_its_own_backward_back():
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
