@@ -22,7 +22,7 @@ Where the time of inline tensors goes, by `perf` in the process that receives, w
 the slower one (0.58 CPU s/GB, 4 MiB, grpcio 1.85): 50 % copying in libc, two of three
 times in gRPC's Python layer (slices to bytearray to bytes) and once into the tensor;
 28 % the kernel, mostly its copy out of the socket; 9 % the checksum; 8 % the
-interpreter. Packed tensors add 10 to 20 μs of Python to each at either end. What comes
+interpreter. Packed tensors add 5 to 12 μs of Python to each at either end. What comes
 down through shared memory is copied twice, on both cores at once, which copy half as
 fast then; so it is written where it was read last, and stays in the cache.
 """
