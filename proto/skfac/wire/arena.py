@@ -9,6 +9,7 @@ from collections import deque
 import torch
 from torch import Tensor
 
+from skfac.wire.memory import Carved
 from skfac.wire.snapshot import padded, strides_of
 
 
@@ -30,8 +31,7 @@ class Slab:
     """
 
     def __init__(self, memory: Tensor) -> None:
-        self._memory = memory
-        self._typed: dict[torch.dtype, Tensor] = {}
+        self._carved = Carved(memory)
         self._lock = threading.Lock()
         self._used = 0
 
@@ -44,13 +44,10 @@ class Slab:
         nbytes = math.prod(shape) * dtype.itemsize
         with self._lock:
             begin = self._used
-            if not nbytes or begin + nbytes > self._memory.nbytes:
+            if not nbytes or begin + nbytes > self._carved.memory.nbytes:
                 return None
             self._used += padded(nbytes)
-        if dtype not in self._typed:
-            self._typed[dtype] = self._memory.view(dtype)
-        typed, first = self._typed[dtype], begin // dtype.itemsize
-        return typed.as_strided(shape, strides_of(shape), first)
+        return self._carved.at(begin, shape, strides_of(shape), dtype)
 
 
 class Arena:

@@ -33,6 +33,34 @@ def tensor_over(view: memoryview, freed: Callable[[], object]) -> Tensor:
     return torch.frombuffer(view, dtype=torch.uint8)
 
 
+class Carved:
+    """Tensors at places of one piece of memory, each made by one operation.
+
+    Args:
+        memory: The piece, as bytes.
+    """
+
+    def __init__(self, memory: Tensor) -> None:
+        self.memory = memory
+        self._typed: dict[torch.dtype, Tensor] = {}
+
+    def at(
+        self,
+        begin: int,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...],
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """View a part as a tensor; `narrow` and `view` would be two operations.
+
+        Returns:
+            The tensor that begins at the byte `begin`, a multiple of its items' size.
+        """
+        if dtype not in self._typed:
+            self._typed[dtype] = self.memory.view(dtype)
+        return self._typed[dtype].as_strided(shape, strides, begin // dtype.itemsize)
+
+
 class Pool:
     """Blocks for what one receiver gets.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from skfac.wire.errors import InvalidRequestError, LimitExceededError
-from skfac.wire.memory import Pool
+from skfac.wire.memory import Carved, Pool
 from skfac.wire.shared_memory import Area
 from skfac.wire.snapshot import TensorHeader
 
@@ -123,18 +123,12 @@ class PayloadBuffer:
             Tensors that nothing else will write to; some share their memory.
         """
         assert self.complete, "A payload is read before all of it is there."
-        typed: list[dict[torch.dtype, Tensor]] = [{} for _ in self._blocks]
+        carved = [Carved(block) for block in self._blocks]
         found = []
         for index, header in enumerate(self._headers):
             block, begin = self._places[index]
-            views, dtype = typed[block], header.dtype
-            if dtype not in views:
-                views[dtype] = self._blocks[block].view(dtype)
-            # One operation, where narrow and view would be two for each tensor.
             found.append(
-                views[dtype].as_strided(
-                    header.shape, header.strides, begin // dtype.itemsize
-                )
+                carved[block].at(begin, header.shape, header.strides, header.dtype)
             )
         return found
 

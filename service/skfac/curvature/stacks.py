@@ -9,6 +9,7 @@ at up to half the speed for products, and the operands of one matrix stay in the
 
 from collections.abc import Callable, Sequence
 from itertools import islice
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -43,16 +44,20 @@ def in_stacks(
     Returns:
         The results for each place.
     """
+    whole = list(zip(first, *others, strict=True))
     if not first or not faster_on(first[0].device):
-        return [operation(*operands) for operands in zip(first, *others, strict=True)]
-    whole = [list(map(torch.as_tensor, operand)) for operand in (first, *others)]
+        return [operation(*operands) for operands in whole]
+    tensors_of = cast(list[tuple[Tensor, ...]], whole)  # see `numbers_for`
     by_shapes: dict[tuple[torch.Size, ...], list[int]] = {}
-    for place, tensors in enumerate(zip(*whole, strict=True)):
+    for place, tensors in enumerate(tensors_of):
         shapes = tuple(tensor.shape for tensor in tensors)
         by_shapes.setdefault(shapes, []).append(place)
     found: dict[int, tuple[Tensor, ...]] = {}
     for places in by_shapes.values():
-        stacks = [torch.stack([operand[i] for i in places]) for operand in whole]
+        stacks = [
+            torch.stack(operands)
+            for operands in zip(*(tensors_of[i] for i in places), strict=True)
+        ]
         results = [stack.unbind() for stack in operation(*stacks)]
         found.update(zip(places, zip(*results, strict=True), strict=True))
     return [found[place] for place in range(len(first))]
