@@ -13,6 +13,8 @@ memcpy   one copy of the same size from memory to memory
 tcp      a loopback socket with the kernel's default congestion control, and with
          cubic: 4 MiB a call, received into memory that is there
 naive    a unary call with a protobuf message for each tensor
+bare     a stream of messages as large as ours that are ready, and that nobody reads:
+         as fast as stock gRPC gets in Python, whatever is built on it
 inline   `PushSnapshots` and `StreamPreconditioners` in frames
 packed   the same, with tensors of 64 KiB
 shm      the same, through shared memory; rows are there already, inverses are copied
@@ -36,7 +38,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.data_plane.trainer import Link, Load, memcpy, naive, peer, tcp
+from benchmarks.data_plane.trainer import (
+    Link,
+    Load,
+    bare,
+    memcpy,
+    naive,
+    peer,
+    tcp,
+)
 from benchmarks.speed.turns import Times, time_in_turns
 
 MiB = 1024 * 1024
@@ -46,6 +56,9 @@ RATIOS = {
     "inline_ratio_to_tcp": ("inline", "tcp_default"),
     "inline_over_naive": ("inline", "naive"),
     "packed_ratio_to_tcp": ("packed", "tcp_default"),
+    "bare_ratio_to_tcp": ("bare", "tcp_default"),
+    "inline_ratio_to_bare": ("inline", "bare"),
+    "packed_ratio_to_bare": ("packed", "bare"),
     "shm_ratio_to_memcpy": ("shm", "memcpy"),
     "shm_ratio_to_tcp_cubic": ("shm", "tcp_cubic"),
 }
@@ -71,6 +84,7 @@ def measure(load: Load, packed: Load, rounds: int) -> dict[str, object]:
                 body = tcp(addresses[name], congestion, load.nbytes, up=up)
                 bodies[f"{name} {way}"] = body
             bodies[f"naive {way}"] = naive(addresses["naive"], load, up=up)
+            bodies[f"bare {way}"] = bare(addresses["bare"], load.nbytes, up=up)
             bodies[f"inline {way}"] = link(load, up=up)
             bodies[f"packed {way}"] = link(packed, up=up)
             bodies[f"shm {way}"] = link(load, up=up, shared=True)

@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,6 +24,8 @@ from skfac.service.config import ServiceConfig
 from skfac.service.engine import SessionGrant
 from skfac.service.server import Server
 from skfac.wire.allocator import keep_large_blocks
+from skfac.wire.channel import SERVER_OPTIONS
+from skfac.wire.frames import encode_frames
 from skfac.wire.outcome import Loss, Outcome, Version
 from skfac.wire.session import SessionSpec
 from skfac.wire.snapshot import Snapshot, SnapshotHeader
@@ -235,6 +237,43 @@ def serve_naive() -> int:
     return port
 
 
+def serve_bare() -> int:
+    """Streams of ready messages that nobody looks at: all that gRPC itself takes.
+
+    Returns:
+        The port.
+    """
+    frames: dict[bytes, list[bytes]] = {}
+
+    def put(messages: Iterator[bytes], context: object) -> bytes:
+        for _ in messages:
+            pass
+        return b""
+
+    def get(request: bytes, context: object) -> Iterator[bytes]:
+        if request not in frames:
+            frames[request] = ready_frames(int.from_bytes(request, "little"))
+        yield from frames[request]
+
+    server = grpc.server(ThreadPoolExecutor(4), options=SERVER_OPTIONS)
+    handlers: dict[str, Any] = {
+        "Put": grpc.stream_unary_rpc_method_handler(put),
+        "Get": grpc.unary_stream_rpc_method_handler(get),
+    }
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler("Bare", handlers),)
+    )
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    _SERVERS.append(server)
+    return port
+
+
+def ready_frames(nbytes: int) -> list[bytes]:
+    """Make the messages that a payload of this size is sent in."""
+    return list(encode_frames(b"", [torch.randn(nbytes // 4)]))
+
+
 _SERVERS: list[object] = []  # else they would stop
 
 
@@ -249,6 +288,7 @@ def main(core: int) -> None:
     addresses = {
         "skfac": server.address,
         "naive": f"127.0.0.1:{serve_naive()}",
+        "bare": f"127.0.0.1:{serve_bare()}",
         "tcp_default": serve_socket(""),
         "tcp_cubic": serve_socket("cubic"),
     }

@@ -24,6 +24,7 @@ from torch import Tensor
 from benchmarks.data_plane.peer import (
     MAX_MESSAGE_BYTES,
     buffer,
+    ready_frames,
     receive,
     send,
     set_congestion,
@@ -31,6 +32,7 @@ from benchmarks.data_plane.peer import (
 from skfac.client.capture import PendingSnapshot
 from skfac.client.grpc_transport import GrpcTransport
 from skfac.curvature.settings import CurvatureSettings
+from skfac.wire.channel import CLIENT_OPTIONS
 from skfac.wire.outcome import Outcome
 from skfac.wire.session import LayerSpec, SessionSpec
 from skfac.wire.staging import HostCopy
@@ -246,6 +248,27 @@ def naive(address: str, load: Load, *, up: bool) -> Callable[[], None]:
             else:
                 answer = get(Int64Value(value=load.tensor_bytes))
                 torch.frombuffer(bytearray(answer.value), dtype=torch.float32)
+
+    return body
+
+
+def bare(address: str, nbytes: int, *, up: bool) -> Callable[[], None]:
+    """A stream of messages as large as frames, made before, of which nothing is read.
+
+    Channel, allocator and sizes are those of the product; what it does not do is make
+    the messages, check them and copy them into tensors.
+    """
+    channel = grpc.insecure_channel(address, CLIENT_OPTIONS)
+    put: Any = channel.stream_unary("/Bare/Put")
+    get: Any = channel.unary_stream("/Bare/Get")
+    frames = ready_frames(nbytes) if up else []
+
+    def body() -> None:
+        if up:
+            put(iter(frames), timeout=PATIENCE_S)
+            return
+        for _ in get(nbytes.to_bytes(8, "little"), timeout=PATIENCE_S):
+            pass
 
     return body
 

@@ -52,6 +52,7 @@ def test_steps_are_timed(model):
             {
                 "inline_ratio_to_tcp", "inline_over_naive", "packed_ratio_to_tcp",
                 "shm_ratio_to_memcpy", "shm_ratio_to_tcp_cubic",
+                "bare_ratio_to_tcp", "inline_ratio_to_bare", "packed_ratio_to_bare",
             },
         ),
         ("scale", ("--short",), {"memory_ratio"}),
