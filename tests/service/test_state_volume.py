@@ -1,8 +1,10 @@
 """Histories outlive a restart of their server on a volume, or it is said why not."""
 
+import mmap
 import os
 import signal
-from contextlib import closing
+import subprocess
+from contextlib import closing, contextmanager
 
 import pytest
 
@@ -132,3 +134,36 @@ def test_a_full_disk_costs_the_histories_and_says_so(tmp_path, monkeypatch, capl
     assert "No space left on device" in caplog.text
     assert count(server.metrics, "failed") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+@contextmanager
+def small_disk(directory):
+    """A file system of one page, which root may make."""
+    size = f"size={mmap.PAGESIZE}"
+    mount = ["mount", "-t", "tmpfs", "-o", size, "none", str(directory)]
+    unmount = ["umount", "--lazy", str(directory)]
+    made = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if made.returncode:
+        pytest.skip(f"No file system may be mounted here: {made.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(unmount, check=True)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may mount")
+def test_a_file_system_without_room_is_an_error_and_no_signal(tmp_path, caplog):
+    large = spec_of("job", (1024, 4), history="ema")  # 4 rows of 8 KiB
+    with small_disk(tmp_path):
+        with (
+            serving(state_dir=str(tmp_path)) as server,
+            RawClient(server.address, large) as client,
+        ):
+            client.versions_of(0, **SETTINGS)
+            server.close()
+        left = [path.name for path in tmp_path.iterdir()]
+
+    assert server.unsaved == 1
+    assert "os error 28" in caplog.text
+    assert count(server.metrics, "failed") == 1
+    assert left == ["lock"]
