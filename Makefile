@@ -12,7 +12,7 @@ PLOT ?= autoencoder.png
 DEPLOY_TOOLS := .tools/deploy
 
 .PHONY: help demo test test-floor gpu-check page-check page-image monitoring-check docs check format proto proto-check stubs-fresh sbom audit
-.PHONY: bench scaling grid study restarts faults fuzz soak deploy-check image-check clean
+.PHONY: bench scaling grid study test-long faults fuzz soak deploy-check image-check clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -42,10 +42,10 @@ monitoring-check: $(VENV)/.ready  ## Test rules and dashboard against a real Pro
 	deploy/tools/fetch_prometheus.sh .tools/prometheus
 	$(RUN) -m pytest -m monitoring tests/monitoring
 
-restarts: $(VENV)/.ready  ## Restart, replace and scale servers while jobs go on, in every way there is.
-	$(RUN) -m pytest -m "restarts or not restarts" tests/end_to_end/test_restarts.py \
-	  tests/end_to_end/test_scaling.py tests/service/test_shutdown.py \
-	  tests/service/test_gone.py
+test-long: $(VENV)/.ready  ## Restart, replace and scale servers in every way, and take the network away.
+	$(RUN) -m pytest -m "long or not long" tests/end_to_end/test_restarts.py \
+	  tests/end_to_end/test_scaling.py tests/end_to_end/test_network.py \
+	  tests/end_to_end/test_fsdp.py tests/service/test_shutdown.py tests/service/test_gone.py
 
 docs: $(VENV)/.ready  ## Write docs/metrics.md and the dashboard from the code.
 	$(RUN) deploy/tools/metrics_reference.py

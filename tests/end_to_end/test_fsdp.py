@@ -167,8 +167,8 @@ PAIRS = [
 ]
 
 
-def test_a_sharded_model_takes_the_steps_of_ddp_and_ranks_agree(runs):
-    for name, reference, tolerance in PAIRS:
+def check(runs, pairs):
+    for name, reference, tolerance in pairs:
         for rank in runs:
             found, expected = rank[name], runs[0][reference]
             for step in range(STEPS):
@@ -178,10 +178,36 @@ def test_a_sharded_model_takes_the_steps_of_ddp_and_ranks_agree(runs):
                     msg=lambda text, at=(name, step): f"{at}: {text}",
                     **tolerance,
                 )
-    for name in runs[0]:
-        mine, others = (rank[name]["after"] for rank in runs)
-        assert all(map(torch.equal, mine, others)), name
-        assert not torch.allclose(mine[0], mine[-1]), name
+    for name, mine in runs[0].items():
+        for rank in runs[1:]:
+            assert all(map(torch.equal, mine["after"], rank[name]["after"])), name
+        assert not torch.allclose(mine["after"][0], mine["after"][-1]), name
+
+
+def test_a_sharded_model_takes_the_steps_of_ddp_and_ranks_agree(runs):
+    check(runs, PAIRS)
+
+
+def unevenly(rank: int, target: str) -> dict[str, dict[str, Any]]:
+    """What may depend on how the layers are cut."""
+    return {
+        "ddp": train(target, None),
+        "sharded": train(target, {}),
+        "resumed": resume(target),
+        "ddp, graft": train(target, None, trust="graft"),
+        "graft": train(target, {}, trust="graft"),
+        "ddp, twice": train(target, None, passes=2),
+        "twice": train(target, {}, passes=2),
+    }
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ranks", [3, 4])
+def test_more_ranks_than_two_do_the_same(ranks):
+    with ServerProcess() as server:
+        runs = run_ranks(ranks, unevenly, server.address)
+
+    check(runs, [pair for pair in PAIRS if pair[0] in runs[0]])
 
 
 def test_every_layer_is_preconditioned_when_a_version_is_due(runs):

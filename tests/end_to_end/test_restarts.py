@@ -21,7 +21,7 @@ from tests.support.servers import LONG_S, ServerProcess, free_address, start_all
 pytestmark = pytest.mark.timeout(240)  # many processes; a busy machine
 
 STEPS = 12
-LONG = pytest.mark.restarts  # not in the default run
+LONG = pytest.mark.long  # not in the default run
 
 
 class Run:

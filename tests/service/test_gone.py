@@ -13,7 +13,7 @@ GONE = Weather(stalled=True)
 PATIENCE_S = 60.0  # pings go every 10 s, and are waited for for 20
 
 
-@pytest.mark.restarts
+@pytest.mark.long
 @pytest.mark.timeout(2 * PATIENCE_S)
 def test_their_connections_and_calls_end():
     with ServerProcess(max_streams=4) as server, Proxies() as proxies:
