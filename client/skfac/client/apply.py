@@ -24,6 +24,7 @@ from skfac.client.shards import Part, precondition_parts, sum_sharded
 from skfac.client.stacked import Stacks
 from skfac.curvature.layer import LayerPreconditioner
 from skfac.curvature.stacks import numbers_on
+from skfac.curvature.tensors import in_dtype, on_device
 from skfac.curvature.trust import Trust, graft_scale, kl_scale
 from skfac.wire.outcome import Version
 
@@ -157,7 +158,7 @@ class Apply:
             return None
         if ready is None:
             return InGradientSpace(layer, gradient, gradient)
-        gradient = gradient.to(ready.activations.tensor.dtype)
+        gradient = in_dtype(gradient, ready.activations.tensor.dtype)
         if layer.shard is None:
             return InGradientSpace(layer, gradient, ready.apply(gradient))
         return Part(layer.shard, gradient, ready)
@@ -173,7 +174,7 @@ class Apply:
         self._not_finite = (
             count
             if self._not_finite is None
-            else self._not_finite.to(count.device) + count
+            else on_device(self._not_finite, count.device) + count
         )
         products = products.where(finite, 0.0)
         square = (products * lr.square()).sum()
@@ -217,7 +218,7 @@ def _over_ranks(values: Sequence[Tensor], directions: Sequence[Direction]) -> Te
     # A number of each layer, of the whole layer.
     layers = _layers_of(directions)
     device = layers[0].weight.device
-    flat = [value.to(device).reshape(-1) for value in values]
+    flat = [on_device(value, device).reshape(-1) for value in values]
     return sum_sharded(torch.cat(flat).double(), [layer.shard for layer in layers])
 
 

@@ -16,8 +16,14 @@ from skfac.client.layers import TrackedLayer
 from skfac.client.phases import phase
 from skfac.client.tap import listen_to
 from skfac.curvature.geometry import LayerGeometry
-from skfac.curvature.positions import Empty, Positions, draw_positions
+from skfac.curvature.positions import (
+    Empty,
+    Positions,
+    all_positions,
+    draw_positions,
+)
 from skfac.curvature.settings import CurvatureSettings
+from skfac.curvature.tensors import in_dtype, without_graph
 from skfac.wire.report import NO_STEPS, StepReport
 from skfac.wire.snapshot import LayerRows, Snapshot
 from skfac.wire.staging import HostCopy, Staging
@@ -263,7 +269,7 @@ class Capture:
             return
         with phase("capture"), without_autocast(derivatives.device.type):
             found = geometry.derivative_rows(
-                derivatives.detach().to(self._dtype),
+                in_dtype(without_graph(derivatives), self._dtype),
                 positions,
                 scale=scale,
                 empty=empty,
@@ -277,6 +283,8 @@ class Capture:
         call.pending = number, found
 
     def _draw(self, step: int, index: int, count: int) -> Positions:
+        if self._config.reduction != "subsample":
+            return all_positions(self._config.reduction, count)
         forwards = len(self._calls[index])
         seed = (step * len(self._layers) + index) * _CALLS_PER_SEED + forwards
         return draw_positions(
@@ -293,11 +301,11 @@ class Capture:
         positions: Positions,
         empty: Empty,
     ) -> Tensor:
-        inputs = inputs.detach()
+        inputs = without_graph(inputs)
         if inputs.is_floating_point():  # tokens are not
-            inputs = inputs.to(self._dtype)
+            inputs = in_dtype(inputs, self._dtype)
         rows = geometry.activation_rows(inputs, positions, empty)
-        return rows.to(self._dtype)
+        return in_dtype(rows, self._dtype)
 
     def _empty(self, index: int, shape: Sequence[int], like: Tensor) -> Tensor:
         # Where they can be sent from without a copy, if they are on the host.

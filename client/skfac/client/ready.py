@@ -7,6 +7,7 @@ import torch
 
 from skfac.client.layers import TrackedLayer
 from skfac.curvature.layer import LayerPreconditioner
+from skfac.curvature.tensors import in_dtype, on_device
 from skfac.wire.outcome import Loss, Outcome, Version
 from skfac.wire.staging import DeviceCopy, Staging, wider
 
@@ -87,9 +88,12 @@ class ReadyVersions:
         self, version: Version, device: torch.device, dtype: torch.dtype
     ) -> LayerPreconditioner:
         both = version.preconditioner
-        begun = self._begun.pop(version, None)
+        begun = self._begun.pop(version, None) if self._staging else None
         here = list(both.tensors) if begun is None else begun.take()
-        tensors = [tensor.to(device, wider(tensor.dtype, dtype)) for tensor in here]
+        tensors = [
+            in_dtype(on_device(tensor, device), wider(tensor.dtype, dtype))
+            for tensor in here
+        ]
         if all(a is b for a, b in zip(tensors, both.tensors, strict=True)):
             return both
         return both.with_tensors(*tensors)

@@ -32,6 +32,7 @@ from skfac.client.layers import TrackedLayer
 from skfac.client.phases import phase
 from skfac.curvature.inverse import DenseInverse, LowRankInverse
 from skfac.curvature.layer import LayerPreconditioner
+from skfac.curvature.tensors import in_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -193,8 +194,7 @@ class RowSpace:
             return None, None  # a backward that only derivatives are wanted of
         layer = self._layers[index]
         dtype = layer.weight.dtype
-        x = inputs.reshape(-1, inputs.shape[-1]).to(dtype)
-        d = derivatives.reshape(-1, derivatives.shape[-1]).to(dtype)
+        x, d = (in_dtype(_flat(rows), dtype) for rows in (inputs, derivatives))
         if torch.is_grad_enabled():
             self._demote(index, "it takes part in a double backward")
         ready = None
@@ -209,7 +209,7 @@ class RowSpace:
         self, index: int, ready: LayerPreconditioner, x: Tensor, d: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         layer, wide = self._layers[index], ready.activations.tensor.dtype
-        x, d = x.to(wide), d.to(wide)
+        x, d = in_dtype(x, wide), in_dtype(d, wide)
         with phase("apply"):
             turned_d = ready.derivatives.right(d)
             if layer.bias is None:
@@ -224,12 +224,12 @@ class RowSpace:
         self._pending[index].append((backward_id(), one))
         bias = None
         if layer.bias is not None:
-            bias = (turned_ones @ turned_d).to(layer.bias.dtype)
+            bias = in_dtype(turned_ones @ turned_d, layer.bias.dtype)
         if layer.geometry.kind == "hf_conv1d":
             weight = turned_x.T @ turned_d
         else:
             weight = turned_d.T @ turned_x
-        weight = weight.to(layer.weight.dtype)
+        weight = in_dtype(weight, layer.weight.dtype)
         # No reference: torch would copy a gradient that somebody else holds.
         mark = weight.data_ptr(), weight._version
         self._given.setdefault(index, []).append(mark)
@@ -318,8 +318,8 @@ class _RowBackward(torch.autograd.Function):
         with without_autocast(d.device.type):
             by_input = None
             if ctx.needs_input_grad[1]:
-                matrix = _as_weight(ctx.rows._layers[ctx.index], weight).to(d.dtype)
-                by_input = (d @ matrix).to(inputs.dtype)
+                matrix = _as_weight(ctx.rows._layers[ctx.index], weight)
+                by_input = in_dtype(d @ in_dtype(matrix, d.dtype), inputs.dtype)
             by_weight, by_bias = ctx.rows.weight_gradients(ctx.index, inputs, d)
         return None, by_input, by_weight, by_bias, None, None
 
@@ -331,6 +331,10 @@ def _inner(
     # derivatives.
     (x, last, d), (y, others_last, e) = left, right
     return torch.sum((d @ e.T) * torch.addr(x @ y.T, last, others_last))
+
+
+def _flat(values: Tensor) -> Tensor:
+    return values if values.ndim == 2 else values.reshape(-1, values.shape[-1])
 
 
 def _as_weight(layer: TrackedLayer, matrix: Tensor) -> Tensor:

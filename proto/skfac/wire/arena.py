@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from skfac.wire.memory import Carved
-from skfac.wire.snapshot import padded, strides_of
+from skfac.wire.snapshot import header_of, padded
 
 
 class _Lease(weakref.ref[memoryview]):
@@ -32,6 +32,7 @@ class Slab:
 
     def __init__(self, memory: Tensor) -> None:
         self._carved = Carved(memory)
+        self._nbytes = memory.nbytes
         self._lock = threading.Lock()
         self._used = 0
 
@@ -41,13 +42,13 @@ class Slab:
         Returns:
             The tensor; None if it has no elements or there is no room for it.
         """
-        nbytes = math.prod(shape) * dtype.itemsize
+        header = header_of(dtype, shape)
         with self._lock:
             begin = self._used
-            if not nbytes or begin + nbytes > self._carved.memory.nbytes:
+            if not header.nbytes or begin + header.nbytes > self._nbytes:
                 return None
-            self._used += padded(nbytes)
-        return self._carved.at(begin, shape, strides_of(shape), dtype)
+            self._used = begin + header.padded_nbytes
+        return self._carved.at(begin, shape, header.strides, dtype)
 
 
 class Arena:

@@ -12,7 +12,7 @@ from torch import Tensor
 from skfac.curvature.settings import History
 from skfac.v1 import preconditioning_pb2 as pb
 from skfac.wire.errors import InvalidRequestError, LimitExceededError
-from skfac.wire.snapshot import TensorHeader
+from skfac.wire.snapshot import TensorHeader, header_of
 
 DTYPES: "dict[pb.Dtype.ValueType, torch.dtype]" = {
     pb.DTYPE_FLOAT32: torch.float32,
@@ -125,7 +125,6 @@ def decode_header(message: pb.TensorHeader) -> TensorHeader:
     return header
 
 
-# A model declares the same tensors again and again.
 @lru_cache(maxsize=4096)
 def _header(code: "pb.Dtype.ValueType", shape: tuple[int, ...]) -> TensorHeader:
     if math.prod(extent or 1 for extent in shape) > MAX_NUMEL:
@@ -133,7 +132,7 @@ def _header(code: "pb.Dtype.ValueType", shape: tuple[int, ...]) -> TensorHeader:
             f"A tensor has shape {shape}; its extents may multiply to {MAX_NUMEL}, "
             "those that are 0 left out."
         )
-    return TensorHeader(decode_dtype(code), shape).measured()
+    return header_of(decode_dtype(code), shape)
 
 
 def encode_dtype(dtype: torch.dtype) -> "pb.Dtype.ValueType":

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -49,15 +49,6 @@ class TensorHeader:
         moved.__dict__.update(self.__dict__, shared_offset=shared_offset)
         return moved
 
-    def measured(self) -> "TensorHeader":
-        """Find the sizes now, for all headers that `at` makes of it.
-
-        Returns:
-            Itself.
-        """
-        _ = self.padded_nbytes, self.strides
-        return self
-
     @cached_property
     def nbytes(self) -> int:
         """Bytes of the elements."""
@@ -72,6 +63,19 @@ class TensorHeader:
     def strides(self) -> tuple[int, ...]:
         """Of the contiguous tensor, in elements."""
         return strides_of(self.shape)
+
+
+# A model has the same tensors again and again.
+@lru_cache(maxsize=4096)
+def header_of(dtype: torch.dtype, shape: tuple[int, ...]) -> TensorHeader:
+    """Describe all tensors of a kind, once.
+
+    Returns:
+        The header of one in the payload, whose sizes are known.
+    """
+    header = TensorHeader(dtype, shape)
+    _ = header.padded_nbytes, header.strides
+    return header
 
 
 @dataclass(frozen=True)

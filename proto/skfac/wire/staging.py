@@ -13,6 +13,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from skfac.curvature.tensors import in_dtype, without_graph
+
 
 @dataclass(frozen=True, eq=False)
 class HostCopy:
@@ -111,10 +113,10 @@ class Staging:
             The copies, to wait for on another thread.
         """
         if self._stream is None:
-            return HostCopy([tensor.detach() for tensor in tensors], None)
+            return HostCopy([without_graph(tensor) for tensor in tensors], None)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            copies = [_pinned_copy(tensor.detach()) for tensor in tensors]
+            copies = [_pinned_copy(without_graph(tensor)) for tensor in tensors]
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(self._stream)
         for tensor in tensors:
@@ -134,7 +136,7 @@ def wider(first: torch.dtype, second: torch.dtype) -> torch.dtype:
 
 
 def _widened(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(wider(tensor.dtype, dtype))
+    return in_dtype(tensor, wider(tensor.dtype, dtype))
 
 
 def _pinned_copy(tensor: Tensor) -> Tensor:

@@ -26,11 +26,14 @@ and `reduce`); Tang et al., "SKFAC", CVPR 2021 (`subsample` and `authors`).
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
+
+from skfac.curvature.tensors import without_graph
 
 Empty = Callable[[Sequence[int], Tensor], Tensor]
 """Makes memory for rows of a shape, in the dtype and on the device of a tensor."""
@@ -91,13 +94,23 @@ def draw_positions(
         ValueError: If `keep` is below 1.
     """
     if reduction != "subsample":
-        return Positions(reduction, None, count)
+        return all_positions(reduction, count)
     if keep < 1:
         raise ValueError(f"subsample must keep at least 1 position, got {keep}.")
     # On the CPU: the generators of other devices draw other numbers.
     generator = torch.Generator().manual_seed(_mixed(seed))
     order = torch.randperm(count, generator=generator)
     return Positions(reduction, order[:keep].sort().values, count)
+
+
+@lru_cache(maxsize=1024)
+def all_positions(reduction: Reduction, count: int) -> Positions:
+    """Leave no position out, as all reductions but `subsample` do.
+
+    Returns:
+        The same value for the same arguments.
+    """
+    return Positions(reduction, None, count)
 
 
 def mean_rows(
@@ -139,7 +152,7 @@ def sum_rows(
         rows = values.mean(1)
     else:
         rows = _kept(values, positions).flatten(0, 1)
-    return torch.mul(rows.detach(), scale, out=empty(rows.shape, rows))
+    return torch.mul(without_graph(rows), scale, out=empty(rows.shape, rows))
 
 
 def by_sample(
@@ -186,7 +199,7 @@ def with_bias_column(
     *extents, features = rows.shape
     joined = empty((*extents, features + bias), rows)
     ones = rows.new_ones(*extents, int(bias))
-    return torch.cat([rows.detach(), ones], -1, out=joined)
+    return torch.cat([without_graph(rows), ones], -1, out=joined)
 
 
 def _mixed(seed: int) -> int:
