@@ -118,11 +118,6 @@ class SharedLink:
         )
         placed = replace(snapshot, layers=rows)
         self._in_flight[snapshot.step] = placed
-        self._counts["shared_sent_bytes"] += sum(
-            tensor.nbytes
-            for tensor in placed.tensors
-            if self.locate(tensor) is not None
-        )
         return placed
 
     def locate(self, tensor: Tensor) -> int | None:
@@ -219,13 +214,17 @@ class SharedLink:
 
     def _placed(self, tensor: Tensor) -> Tensor:
         arena = self._arena
-        if arena is None or arena.offset_of(tensor) is not None:
+        if arena is None:
             return tensor
-        copy = self._apart(arena, tuple(tensor.shape), tensor.dtype)
-        if copy is None:
-            return tensor
-        np.copyto(copy.numpy(), tensor.numpy())  # torch would take threads of its own
-        return copy
+        if arena.offset_of(tensor) is None:
+            copy = self._apart(arena, tuple(tensor.shape), tensor.dtype)
+            if copy is None:
+                return tensor
+            # torch would take threads of its own.
+            np.copyto(copy.numpy(), tensor.numpy())
+            tensor = copy
+        self._counts["shared_sent_bytes"] += tensor.nbytes
+        return tensor
 
 
 def _versions_nbytes(spec: SessionSpec, snapshot: Snapshot) -> int:

@@ -115,11 +115,12 @@ def decode_header(message: pb.TensorHeader) -> TensorHeader:
         InvalidRequestError: If the dtype is unknown, or there are numbers that no
             tensor has.
     """
-    if len(message.shape) > MAX_DIMENSIONS:
+    shape = message.shape
+    if len(shape) > MAX_DIMENSIONS:
         raise InvalidRequestError(
-            f"A tensor has {len(message.shape)} dimensions; {MAX_DIMENSIONS} are taken."
+            f"A tensor has {len(shape)} dimensions; {MAX_DIMENSIONS} are taken."
         )
-    header = _header(message.dtype, tuple(message.shape))
+    header = _header(message.dtype, tuple(shape))
     if message.HasField("shared_offset"):
         return header.at(message.shared_offset)
     return header
