@@ -36,6 +36,11 @@ from skfac.curvature.tensors import in_dtype
 
 logger = logging.getLogger(__name__)
 
+# Multiplications to be saved for each row of an inverse, or a backward of our own costs
+# more than it saves: by `benchmarks/step.py --model deep` it does so with 128 features,
+# takes as long with 192, and saves with 256.
+_WORTH_IT = 2**15
+
 FULLY_CONNECTED = {"linear", "hf_conv1d"}
 
 Provide = Callable[[int, torch.device, torch.dtype], LayerPreconditioner | None]
@@ -243,7 +248,8 @@ class RowSpace:
             return None
         rows = output.numel() // output.shape[-1] * self._passes
         d_in, d_out = layer.geometry.d_in, layer.geometry.d_out
-        if not (self._always or rows * (d_in + d_out) < d_in * d_out):
+        saved = d_in * d_out - rows * (d_in + d_out)
+        if not (self._always or saved >= _WORTH_IT):
             return None
         self._begin_to_watch(index)
         replaced: Tensor = _RowBackward.apply(  # type: ignore[no-untyped-call]
