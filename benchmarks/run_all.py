@@ -83,6 +83,7 @@ def jobs(*, short: bool) -> list[tuple[str, list[str]]]:
         for model, width in (("cnn", 32), ("transformer", 128))
         for every in (10, 1)
     ]
+    grid.append(_options(model="deep", width=128, batch=32))
     solver = [_options(dim=dim) for dim in (1024, 2048, 4096)]
     return [
         *(("step", options) for options in grid),

@@ -56,6 +56,17 @@ def _mlp(width: int, batch: int) -> Workload:
     return Workload(build, torch.rand(batch, 784), torch.randint(_CLASSES, (batch,)))
 
 
+def _deep(width: int, batch: int) -> Workload:
+    # Layers that take no time: what is left is what each costs that is not products.
+    def build() -> nn.Module:
+        inner = (
+            module for _ in range(60) for module in (nn.Linear(width, width), nn.ReLU())
+        )
+        return nn.Sequential(*inner, nn.Linear(width, _CLASSES))
+
+    return Workload(build, torch.rand(batch, width), torch.randint(_CLASSES, (batch,)))
+
+
 def _cnn(width: int, batch: int) -> Workload:
     # As VGG: two convolutions, then half the extent and twice the channels.
     def build() -> nn.Module:
@@ -109,6 +120,7 @@ def _transformer(width: int, batch: int) -> Workload:
 
 WORKLOADS: dict[str, Callable[[int, int], Workload]] = {
     "mlp": _mlp,
+    "deep": _deep,
     "cnn": _cnn,
     "transformer": _transformer,
 }
