@@ -233,7 +233,7 @@ def test_more_micro_batches_make_rows_dearer():
 
 
 def test_a_synchronous_run_is_in_gradient_space():
-    _, report = train(mlp(), "auto", lag=0)
+    _, report = train(wide(), "auto", lag=0)
 
     assert applied(report) == ["gradient"] * 3
 
