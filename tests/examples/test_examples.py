@@ -111,14 +111,13 @@ def test_ctrl_c_ends_cleanly():
         "--epochs",
         "100000",
     ]
+    python, *arguments = command("classifier.py", *options)
     process = subprocess.Popen(  # our own scripts
-        command("classifier.py", *options),
+        [python, "-m", "tests.support.interruptible", *arguments],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A test run in the background ignores Ctrl-C, and so would this child.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     with process:
         assert process.stdout is not None
