@@ -38,15 +38,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.data_plane.trainer import (
-    Link,
-    Load,
-    bare,
-    memcpy,
-    naive,
-    peer,
-    tcp,
-)
+from benchmarks.data_plane.trainer import Link, Load, bare, memcpy, naive, peer, tcp
 from benchmarks.speed.turns import Times, time_in_turns
 
 MiB = 1024 * 1024

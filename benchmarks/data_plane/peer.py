@@ -216,25 +216,16 @@ def serve_naive() -> int:
             tensors[request.value] = torch.randn(request.value // 4)
         return BytesValue(value=tensors[request.value].numpy().tobytes())
 
-    server = grpc.server(
-        ThreadPoolExecutor(4),
-        options=[("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)],
-    )
-    handlers: dict[str, Any] = {
-        "Put": grpc.unary_unary_rpc_method_handler(
+    return _serve(
+        "Naive",
+        grpc.unary_unary_rpc_method_handler(
             put, BytesValue.FromString, Int64Value.SerializeToString
         ),
-        "Get": grpc.unary_unary_rpc_method_handler(
+        grpc.unary_unary_rpc_method_handler(
             get, Int64Value.FromString, BytesValue.SerializeToString
         ),
-    }
-    server.add_generic_rpc_handlers(
-        (grpc.method_handlers_generic_handler("Naive", handlers),)
+        [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)],
     )
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    _SERVERS.append(server)
-    return port
 
 
 def serve_bare() -> int:
@@ -255,13 +246,19 @@ def serve_bare() -> int:
             frames[request] = ready_frames(int.from_bytes(request, "little"))
         yield from frames[request]
 
-    server = grpc.server(ThreadPoolExecutor(4), options=SERVER_OPTIONS)
-    handlers: dict[str, Any] = {
-        "Put": grpc.stream_unary_rpc_method_handler(put),
-        "Get": grpc.unary_stream_rpc_method_handler(get),
-    }
+    return _serve(
+        "Bare",
+        grpc.stream_unary_rpc_method_handler(put),
+        grpc.unary_stream_rpc_method_handler(get),
+        SERVER_OPTIONS,
+    )
+
+
+def _serve(service: str, put: Any, get: Any, options: list[tuple[str, int]]) -> int:  # noqa: ANN401
+    server = grpc.server(ThreadPoolExecutor(4), options=options)
+    handlers = {"Put": put, "Get": get}
     server.add_generic_rpc_handlers(
-        (grpc.method_handlers_generic_handler("Bare", handlers),)
+        (grpc.method_handlers_generic_handler(service, handlers),)
     )
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()

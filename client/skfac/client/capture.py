@@ -16,12 +16,7 @@ from skfac.client.layers import TrackedLayer
 from skfac.client.phases import phase
 from skfac.client.tap import listen_to
 from skfac.curvature.geometry import LayerGeometry
-from skfac.curvature.positions import (
-    Empty,
-    Positions,
-    all_positions,
-    draw_positions,
-)
+from skfac.curvature.positions import Empty, Positions, all_positions, draw_positions
 from skfac.curvature.settings import CurvatureSettings
 from skfac.curvature.tensors import in_dtype, without_graph
 from skfac.wire.report import NO_STEPS, StepReport
