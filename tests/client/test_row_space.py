@@ -364,3 +364,21 @@ def test_a_sampled_loss_leaves_no_gradients():
         assert all(p.grad is None for p in model.parameters())
         loss.backward()
         pre.step()
+
+
+@pytest.mark.parametrize(("kl_clip", "writes"), [(1e9, 0), (1e-9, 1)])
+def test_gradients_are_written_again_only_by_a_trust_region_that_binds(kl_clip, writes):
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    settings = {"kl_clip": kl_clip, "on_late": "wait", "update_every": 1}
+    with Preconditioner(model, optimizer, apply="row", **settings) as pre:
+        for step in range(2):
+            optimizer.zero_grad()
+            loss_of(model, *batch_at(step)).backward()
+            made = [parameter.grad._version for parameter in model.parameters()]
+            pre.step()
+
+        assert set(applied(pre.report())) == {"row"}
+        assert (pre.report()["trust_scale"] == 1.0) == (not writes)
+    now = [parameter.grad._version for parameter in model.parameters()]
+    assert now == [version + writes for version in made]

@@ -35,6 +35,14 @@ class Factor:
             self._casts[key] = self._value.to(*key)
         return self._casts[key]
 
+    def changes(self, tensor: Tensor) -> bool:
+        """Tell whether multiplying by it may change a tensor, without waiting for a GPU.
+
+        Returns:
+            False only if it is one; on a GPU always True.
+        """
+        return tensor.device.type != "cpu" or float(self.like(tensor)) != 1.0
+
 
 @dataclass(frozen=True, eq=False)
 class _OfOneLayer:
@@ -202,7 +210,8 @@ def write(directions: Iterable[tuple[Direction, Factor]]) -> None:
                 key = factor, gradient.device, gradient.dtype
                 in_place.setdefault(key, (factor, []))[1].append(gradient)
     for factor, gradients in in_place.values():
-        torch._foreach_mul_(gradients, factor.like(gradients[0]))
+        if factor.changes(gradients[0]):  # a pass over all of them
+            torch._foreach_mul_(gradients, factor.like(gradients[0]))
     for targets, sources in copies.values():
         torch._foreach_copy_(targets, sources)
 
