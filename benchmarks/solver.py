@@ -32,6 +32,7 @@ from skfac.curvature.settings import CurvatureSettings
 from skfac.service.assembler import Assembly
 from skfac.service.scheduler import Task
 from skfac.service.solver import Solution, Solver
+from skfac.wire.allocator import keep_large_blocks, share_one_arena
 from skfac.wire.outcome import Version
 from skfac.wire.session import LayerSpec, SessionSpec
 from skfac.wire.snapshot import LayerRows
@@ -222,6 +223,8 @@ def main(
     """Time a batch of factors, and print one JSON object for each size."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    share_one_arena()  # as a server does
+    keep_large_blocks()
     others = [one for one in PLOTTED_DIMS if one != dim] if plot else []
     found = []
     for size in (*others, dim):

@@ -36,7 +36,7 @@ class Factor:
         return self._casts[key]
 
     def changes(self, tensor: Tensor) -> bool:
-        """Tell whether multiplying by it may change a tensor, without waiting for a GPU.
+        """Tell whether multiplying by it may change a tensor; never wait for a GPU.
 
         Returns:
             False only if it is one; on a GPU always True.

@@ -94,8 +94,6 @@ class ReadyVersions:
             in_dtype(on_device(tensor, device), wider(tensor.dtype, dtype))
             for tensor in here
         ]
-        if all(a is b for a, b in zip(tensors, both.tensors, strict=True)):
-            return both
         return both.with_tensors(*tensors)
 
     def _staging_of(self, device: torch.device) -> Staging:

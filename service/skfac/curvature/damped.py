@@ -1,6 +1,7 @@
 """What is inverted: a factor, its damping, and when there is no inverse of the two."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -46,7 +47,7 @@ class DampedFactor:
         if not self.damping > 0:
             raise ValueError(f"damping must be positive, got {self.damping}.")
 
-    @property
+    @cached_property
     def total_damping(self) -> float:
         """The damping and what was dropped."""
         return self.damping + self.moment.mean_dropped

@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from skfac.curvature import stacks
+from skfac.curvature.halves import gram
 from skfac.curvature.stacks import Operation, in_stacks, read_numbers
 
 Form = Literal["rows", "dense", "diagonal"]
@@ -122,7 +123,7 @@ class Moment:
         """
         if self.form != "rows" or self.tensor.shape[-2] < self.dim:
             return self
-        return replace(self, form="dense", tensor=self.tensor.mT @ self.tensor)
+        return replace(self, form="dense", tensor=gram(self.tensor.mT))
 
     def compressed(self, *, rank: int | None, energy: float = 1.0) -> "Moment":
         """Keep the leading eigen-directions and count the trace of the others.
@@ -147,8 +148,8 @@ class Moment:
             return self
         matrix = self.condensed()
         by_rows = matrix.form == "rows"
-        gram = matrix.tensor @ matrix.tensor.mT if by_rows else matrix.tensor
-        values, vectors = torch.linalg.eigh(gram)
+        square = gram(matrix.tensor) if by_rows else matrix.tensor
+        values, vectors = torch.linalg.eigh(square)
         values = values.flip(-1).clamp(min=0)
         if energy < 1:
             total = self.trace + self.dropped
@@ -270,7 +271,7 @@ def add_moments(*moments: Moment) -> Moment:
 
 def _matrix(moment: Moment) -> Tensor:
     tensor = moment.tensor
-    return tensor.mT @ tensor if moment.form == "rows" else tensor
+    return gram(tensor.mT) if moment.form == "rows" else tensor
 
 
 def _holding(values: Float[Tensor, "*groups size"], trace: float) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from skfac.curvature.stacks import in_stacks, read_numbers
+from skfac.curvature.stacks import faster_on, in_stacks, read_numbers
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -27,6 +27,8 @@ def are_finite(tensors: Sequence[Tensor]) -> list[bool]:
     Returns:
         Of each whether it has none.
     """
+    if not tensors or not faster_on(tensors[0].device):
+        return [all_finite(tensor) for tensor in tensors]
     flat = [tensor.reshape(-1) for tensor in tensors]
     sums = in_stacks(lambda one: (one.sum(-1).double(),), flat)
     totals = read_numbers([total for (total,) in sums])

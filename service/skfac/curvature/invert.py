@@ -28,6 +28,7 @@ from torch import Tensor
 
 from skfac.curvature.damped import DampedFactor, NoInverse
 from skfac.curvature.factor import Moment, moment_of
+from skfac.curvature.halves import gram, lower_times
 from skfac.curvature.inverse import (
     DenseInverse,
     DiagonalInverse,
@@ -117,13 +118,13 @@ def _invert_diagonal(factor: DampedFactor) -> DiagonalInverse:
 
 
 def _invert_grams(factors: list[DampedFactor]) -> list[FactorInverse | NoInverse]:
-    grams = _damped_grams(factors)
-    factorized = in_stacks(torch.linalg.cholesky_ex, grams)
+    damped = _damped_grams(factors)
+    factorized = in_stacks(torch.linalg.cholesky_ex, damped)
     minors = read_numbers([info for _, info in factorized])
     found: dict[int, FactorInverse | NoInverse] = {}
     good: dict[tuple[bool, torch.dtype], list[int]] = defaultdict(list)
-    for i, (factor, gram) in enumerate(zip(factors, grams, strict=True)):
-        refusal = factor.refusal(gram, int(max(minors[i])))
+    for i, (factor, matrix) in enumerate(zip(factors, damped, strict=True)):
+        refusal = factor.refusal(matrix, int(max(minors[i])))
         if refusal is None:
             good[factor.low_rank, factor.dtype].append(i)
         else:
@@ -146,11 +147,13 @@ def _damped_grams(factors: list[DampedFactor]) -> list[Tensor]:
         places = [
             i for i, f in enumerate(factors) if (f.moment.form == "rows") == product
         ]
+        if not places:
+            continue
         sides = [_short_side(factors[i]) for i in places]
-        grams = in_stacks(
+        damped = in_stacks(
             partial(_damped_gram, product=product), sides, [numbers[i] for i in places]
         )
-        found.update((i, gram) for i, (gram,) in zip(places, grams, strict=True))
+        found.update((i, matrix) for i, (matrix,) in zip(places, damped, strict=True))
     return [found[i] for i in range(len(factors))]
 
 
@@ -162,10 +165,10 @@ def _short_side(factor: DampedFactor) -> Tensor:
 
 
 def _damped_gram(side: Tensor, shift: Number, *, product: bool) -> tuple[Tensor]:
-    gram = side @ side.mT if product else side.clone()
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    damped = gram(side) if product else side.clone()
+    diagonal = damped.diagonal(dim1=-2, dim2=-1)
     diagonal.add_(for_each(shift, diagonal))
-    return (gram,)
+    return (damped,)
 
 
 def _low_rank_inverses(
@@ -187,7 +190,7 @@ def _basis(cholesky: Tensor, rows: Tensor) -> tuple[Tensor]:
         cholesky.shape[-1], dtype=cholesky.dtype, device=cholesky.device
     )
     root = torch.linalg.solve_triangular(cholesky, identity, upper=False)
-    return (root @ rows,)
+    return (lower_times(root, rows),)
 
 
 def _dense_inverses(

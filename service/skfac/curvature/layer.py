@@ -6,6 +6,7 @@ Approximate Curvature", ICML 2015.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -42,8 +43,10 @@ class LayerPreconditioner:
         """Hold both inverses in other tensors, such as copies elsewhere.
 
         Returns:
-            A preconditioner with the same damping.
+            A preconditioner with the same damping; this one if they are its own.
         """
+        if activations is self.tensors[0] and derivatives is self.tensors[1]:
+            return self
         return replace(
             self,
             activations=self.activations.with_tensor(activations),
@@ -137,11 +140,9 @@ class DampedLayer:
     split: DampingSplit
     dtype: torch.dtype
 
+    @cached_property
     def factors(self) -> tuple[DampedFactor, DampedFactor]:
-        """Give each factor its share of λ.
-
-        Returns:
-            The damped factors, activations first.
+        """The damped factors, activations first, each with its share of λ.
 
         Raises:
             ValueError: If `damping` is not positive and finite, or cannot be shared.
@@ -216,7 +217,7 @@ def precondition_moments(
         torch.linalg.LinAlgError: If a damped factor cannot be inverted.
     """
     layer = DampedLayer(activations, derivatives, damping, split, dtype)
-    found = _joined(*invert_factors(layer.factors()))
+    found = _joined(*invert_factors(layer.factors))
     if isinstance(found, NoInverse):
         raise torch.linalg.LinAlgError(found.reason)  # type: ignore[attr-defined]  # C++ defines it
     return found
@@ -237,7 +238,7 @@ def precondition_layers(
     refused: list[NoInverse | None] = []
     for layer in layers:
         try:
-            factors += layer.factors()
+            factors += layer.factors
             refused.append(None)
         except ValueError as error:
             refused.append(NoInverse(str(error)))

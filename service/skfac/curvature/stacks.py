@@ -70,7 +70,7 @@ def read_numbers(tensors: Sequence[Tensor]) -> list[list[float]]:
         The numbers of each.
     """
     if not tensors or not faster_on(tensors[0].device):
-        return [tensor.double().reshape(-1).tolist() for tensor in tensors]
+        return [list(map(float, tensor.reshape(-1).tolist())) for tensor in tensors]
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     numbers = iter(flat.double().tolist())
     return [list(islice(numbers, tensor.numel())) for tensor in tensors]

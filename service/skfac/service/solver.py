@@ -193,10 +193,11 @@ class Solver:
             left = [i for i in range(len(folded)) if i not in solutions]
             if not left:
                 break
-            found = self._precondition([folded[i].damped(attempt) for i in left])
-            for i, preconditioner in zip(left, found, strict=True):
+            layers = [folded[i].damped(attempt) for i in left]
+            found = self._precondition(layers)
+            for i, layer, preconditioner in zip(left, layers, found, strict=True):
                 if isinstance(preconditioner, LayerPreconditioner):
-                    solutions[i] = _solved(folded[i], preconditioner, attempt)
+                    solutions[i] = _solved(folded[i], layer, preconditioner, attempt)
                 elif attempt == ATTEMPTS - 1:
                     task, history = folded[i].task, folded[i].history
                     solutions[i] = _failed(
@@ -238,12 +239,15 @@ def _checked(
 
 
 def _solved(
-    folded: _Folded, preconditioner: LayerPreconditioner, retries: int
+    folded: _Folded,
+    layer: DampedLayer,
+    preconditioner: LayerPreconditioner,
+    retries: int,
 ) -> Solution:
     assembly, history = folded.task.assembly, folded.history
     counts = assembly.count, len(assembly.rows), history.updates
     version = Version(assembly.layer, assembly.step, preconditioner, *counts)
-    first, second = folded.damped(retries).factors()
+    first, second = layer.factors
     conditions = first.condition_bound, second.condition_bound
     return Solution(version, retries, _kept(history), conditions)
 
