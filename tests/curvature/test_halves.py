@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from skfac.curvature import halves
 from skfac.curvature.halves import gram, lower_times
 
 SIZES = [1, 64, 255, 256, 257, 320, 400]
@@ -47,3 +48,15 @@ def test_groups_are_multiplied_whole():
 
     torch.testing.assert_close(gram(side), side @ side.mT)
     torch.testing.assert_close(lower_times(lower, side), lower @ side)
+
+
+def test_a_gpu_multiplies_at_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(halves, "faster_on", lambda device: True)
+    monkeypatch.setattr(torch, "mm", lambda *args, **kwargs: calls.append(args))
+    side = torch.randn(300, 20, dtype=torch.float64)
+    lower = torch.randn(300, 300, dtype=torch.float64).tril()
+
+    assert torch.equal(gram(side), side @ side.mT)
+    assert torch.equal(lower_times(lower, side), lower @ side)
+    assert not calls

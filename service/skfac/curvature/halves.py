@@ -1,8 +1,8 @@
 """Products of which half is known beforehand: a symmetric result, a triangular operand.
 
-A single large matrix is worked on by blocks of rows, each with those columns only that
-count, which takes a CPU 0.7 to 0.8 of the time (torch has no BLAS routine for either).
-Small ones, groups and the stacks of a GPU are multiplied whole: they would lose more by
+On the CPU a large matrix is worked on by blocks of rows, each with those columns only
+that count, which takes 0.7 to 0.8 of the time (torch has no BLAS routine for either).
+Small ones, groups and what is on a GPU are multiplied whole: they would lose more by
 many calls than they would gain.
 """
 
@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from skfac.curvature.stacks import faster_on
 
 _BLOCK = 64
 _WORTH_IT = 4 * _BLOCK  # rows; half as many gain nothing
@@ -48,7 +50,8 @@ def lower_times(
 
 
 def _by_blocks(matrix: Tensor) -> bool:
-    return matrix.ndim == 2 and len(matrix) >= _WORTH_IT
+    large = matrix.ndim == 2 and len(matrix) >= _WORTH_IT
+    return large and not faster_on(matrix.device)
 
 
 def _blocks(size: int) -> Iterator[tuple[int, int]]:
