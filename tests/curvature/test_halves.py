@@ -42,9 +42,10 @@ def test_only_the_lower_half_of_a_large_triangle_counts(size):
     assert torch.equal(lower_times(spoilt, rows), lower_times(lower, rows))
 
 
-def test_groups_are_multiplied_whole():
-    side = torch.randn(3, 260, 20, dtype=torch.float64)
-    lower = torch.randn(3, 260, 260, dtype=torch.float64).tril()
+@pytest.mark.parametrize(("groups", "size"), [(3, 260), (260, 3)])
+def test_groups_are_multiplied_whole(groups, size):
+    side = torch.randn(groups, size, 20, dtype=torch.float64)
+    lower = torch.randn(groups, size, size, dtype=torch.float64).tril()
 
     torch.testing.assert_close(gram(side), side @ side.mT)
     torch.testing.assert_close(lower_times(lower, side), lower @ side)
