@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks.speed.memory import peak_bytes, reset_peak, resident_bytes
+from benchmarks.speed.models import WORKLOADS
 from benchmarks.speed.shapes import gpt2, layers_of, resnet50
 
 ROOT = Path(__file__).parents[2]
@@ -78,3 +79,14 @@ def test_a_peak_is_seen_after_it_is_over():
 
     assert resident_bytes(os.getpid()) < before + 40 * 2**20
     assert peak_bytes(os.getpid()) > before + 40 * 2**20
+
+
+def test_no_gradient_of_the_deep_model_vanishes():
+    """A CPU takes ten times as long for products with results below 1e-38."""
+    torch.manual_seed(0)
+    work = WORKLOADS["deep"](16, 8)
+    model = work.build()
+    work.loss(model).backward()
+
+    lengths = [parameter.grad.norm() for parameter in model.parameters()]
+    assert max(lengths) < 1e4 * min(lengths)
