@@ -89,7 +89,11 @@ def main(
             "hardware": hardware(device),
         }
         own = trainers[f"every {update_every}"]
-        result = {**settings, **_figures(times, own, update_every), **phases_of(own)}
+        result = {
+            **settings,
+            **_figures(times, own, update_every),
+            **phases_of(own, steps),
+        }
     print(json.dumps(result))
 
 

@@ -6,22 +6,22 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.speed.trainers import Trainer
 
-_STEPS = 40
 _PREFIX = "skfac."
 
 
-def phases_of(trainer: Trainer) -> dict[str, Any]:
+def phases_of(trainer: Trainer, steps: int) -> dict[str, Any]:
     """Profile some steps.
 
     Args:
         trainer: With SKFAC.
+        steps: How many; the profiler takes ten times as long for them as they take.
 
     Returns:
         `phase_share`: the share of the steps' time that each phase of SKFAC takes, by
         the names that the client gives them; the rest is forward, backward and update.
     """
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
-        for _ in range(_STEPS):
+        for _ in range(steps):
             trainer.step()
     events = recorded.events()
     assert events is not None
