@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from skfac.curvature.tensors import in_dtype, on_device, without_graph
+from skfac.curvature.tensors import in_dtype, without_graph
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,8 +83,6 @@ class Staging:
         Returns:
             Tensors that work queued on the current stream may use.
         """
-        if self._stream is None:
-            return [on_device(tensor, self._device) for tensor in tensors]
         return [tensor.to(self._device, non_blocking=True) for tensor in tensors]
 
     def upload(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> DeviceCopy:
