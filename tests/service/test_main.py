@@ -1,6 +1,8 @@
 """The command line, as a person meets it."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -36,6 +38,23 @@ def test_status_shows_sessions_versions_and_latencies(server):
         assert text in result.output
     (row,) = [line.split() for line in result.output.splitlines() if " fc1 " in line]
     assert row == ["mnist", "fc1", "4", "4", "0"]  # version, rows, steps behind
+
+
+def test_looking_at_a_server_does_not_wait_for_torch(server):
+    program = (
+        "import sys; from skfac.service.main import app; "
+        "app(standalone_mode=False); print('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "status", server.address, "--json"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    answer, loaded = done.stdout.splitlines()
+    assert json.loads(answer)["sessions"]
+    assert loaded == "False"
 
 
 def test_top_is_shown_once_where_there_is_no_terminal(server):

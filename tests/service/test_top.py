@@ -19,7 +19,7 @@ import pytest
 from tests.support.raw_client import RawClient, spec_of
 from tests.support.servers import serving
 
-PATIENCE_S = 90.0  # the command imports torch, which a busy machine takes long for
+PATIENCE_S = 90.0  # of a busy machine
 COMMAND = "from skfac.service.main import app; app()"
 ALTERNATE_ON, ALTERNATE_OFF = b"\x1b[?1049h", b"\x1b[?1049l"
 HOME = b"\x1b[H"

@@ -14,6 +14,7 @@ from skfac.curvature.inverse import DiagonalInverse
 from skfac.curvature.layer import precondition_layer
 from skfac.curvature.settings import CurvatureSettings
 from skfac.v1 import preconditioning_pb2 as pb
+from skfac.wire.channel import MAX_FRAME_BYTES
 from skfac.wire.codec import (
     build_outcomes,
     build_snapshot,
@@ -26,7 +27,7 @@ from skfac.wire.codec import (
     parse_snapshot_manifest,
 )
 from skfac.wire.errors import InvalidRequestError
-from skfac.wire.frames import MAX_FRAME_BYTES, decode_frame
+from skfac.wire.frames import decode_frame
 from skfac.wire.outcome import Loss, LossReason, Outcome, Version
 from skfac.wire.payload import PayloadBuffer
 from skfac.wire.session import MAX_EXTENT, MAX_IN_FLIGHT, MAX_WORLD_SIZE, LayerSpec

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from skfac.v1 import preconditioning_pb2 as pb
 from skfac.wire import frames
+from skfac.wire.channel import MAX_FRAME_BYTES
 from skfac.wire.errors import InvalidRequestError, LimitExceededError
 from skfac.wire.frames import (
-    MAX_FRAME_BYTES,
     Frame,
     decode_frame,
     encode_frames,

@@ -14,8 +14,9 @@ from skfac.curvature.history import LayerHistory
 from skfac.curvature.settings import CurvatureSettings
 from skfac.v1 import preconditioning_pb2 as pb
 from skfac.wire import frames as frames_module
+from skfac.wire.channel import MAX_FRAME_BYTES
 from skfac.wire.errors import InvalidRequestError, LimitExceededError
-from skfac.wire.frames import MAX_FRAME_BYTES, encode_frames
+from skfac.wire.frames import encode_frames
 from skfac.wire.session import MAX_WINDOW
 from skfac.wire.state import LayerState, LayerStateHeader, SessionState
 from skfac.wire.state_codec import StateReceiver, encode_state

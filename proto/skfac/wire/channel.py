@@ -2,9 +2,10 @@
 
 from typing import Final
 
-from skfac.wire.frames import MAX_FRAME_BYTES
-
 SERVICE: Final = "skfac.v1.PreconditioningService"
+
+MAX_FRAME_BYTES: Final = 4 * 1024 * 1024
+"""The largest message either end accepts, which is also gRPC's default."""
 
 # A peer that answers no ping for this long is gone, even if its socket is open. The
 # time is set twice below: without the second name gRPC waits for 60 s. The

@@ -18,9 +18,6 @@ from skfac.wire.snapshot import ALIGNMENT, TensorHeader, padded
 PAYLOAD_BYTES = 2 * 1024 * 1024
 """Payload of a full frame. Measured: 1 to 4 MiB are one plateau of throughput."""
 
-MAX_FRAME_BYTES = 4 * 1024 * 1024
-"""The largest message either end accepts, which is also gRPC's default."""
-
 MAX_FRAME_FIELDS = 64
 """More than any version of the protocol has; each costs the reader time."""
 

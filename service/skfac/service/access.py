@@ -9,17 +9,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 
-from skfac.service.metrics import Metrics
 from skfac.wire.errors import (
     AuthenticationError,
     ConfigurationError,
     PermissionDeniedError,
 )
 from skfac.wire.pem import read_file, signature
+
+if TYPE_CHECKING:
+    from skfac.service.metrics import Metrics  # which needs torch
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +99,7 @@ class Access:
             changes nothing, which is logged and counted.
     """
 
-    def __init__(self, file: Path, metrics: Metrics) -> None:
+    def __init__(self, file: Path, metrics: "Metrics") -> None:
         self._file = file
         self._metrics = metrics
         self._lock = threading.Lock()

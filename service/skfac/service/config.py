@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
@@ -60,6 +59,8 @@ class EngineConfig(BaseModel):
     @field_validator("device")
     @classmethod
     def _device_exists(cls, name: str) -> str:
+        import torch  # which takes seconds, and commands without a device need it not
+
         try:
             device = torch.device(name)
         except RuntimeError:

@@ -23,11 +23,9 @@ from skfac.service.access import rule_of_token
 from skfac.service.config import ServiceConfig
 from skfac.service.logs import configure_logs
 from skfac.service.ray_main import name_and_value, ray_app
-from skfac.service.server import Server
 from skfac.service.table import StatusView
 from skfac.v1 import preconditioning_pb2 as pb
 from skfac.v1 import preconditioning_pb2_grpc as rpc
-from skfac.wire.allocator import keep_large_blocks, share_one_arena
 from skfac.wire.credentials import Credentials, open_channel
 from skfac.wire.errors import ConfigurationError
 from skfac.wire.handshake import why_unavailable
@@ -82,6 +80,10 @@ def serve(
     named = {"address": address, "metrics_address": metrics_address, "device": device}
     flags = {name: value for name, value in named.items() if value is not None}
     flags |= dict(map(name_and_value, settings or []))
+    # Only this command needs torch, which takes seconds.
+    from skfac.service.server import Server
+    from skfac.wire.allocator import keep_large_blocks, share_one_arena
+
     try:
         loaded = ServiceConfig.load(config, flags)
     except (ValidationError, SettingsError, FileNotFoundError, ValueError) as error:
