@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
 from urllib.parse import urlsplit
@@ -23,6 +24,8 @@ CONNECTIONS = 32
 
 CONNECTION_S = 10.0
 """How long a connection, which carries one request, may take in all."""
+
+_LOOKS_EVERY_S = 0.1  # whether it is to stop, and whose time is over
 
 _EVERY_ANSWER = {
     "Cache-Control": "no-store",
@@ -79,7 +82,9 @@ class WebServer(ThreadingHTTPServer):
         handler = type("Handler", (_Handler,), {"registry": registry})
         super().__init__((str(address[0]), int(address[1])), handler)
         self._thread = threading.Thread(
-            target=self.serve_forever, name="skfac-web", daemon=True
+            target=partial(self.serve_forever, _LOOKS_EVERY_S),
+            name="skfac-web",
+            daemon=True,
         )
         self._thread.start()
 
@@ -108,7 +113,7 @@ class WebServer(ThreadingHTTPServer):
             return True
 
     def service_actions(self) -> None:
-        """Cut the connections whose time is over; called twice a second."""
+        """Cut the connections whose time is over; called all the time."""
         self._cut(time.monotonic())
 
     def shutdown_request(self, request: object) -> None:
