@@ -131,7 +131,7 @@ $(VENV)/.ready: requirements/dev.lock requirements/oracle.lock requirements/nixl
 
 $(VENV)/.page: requirements/page.lock $(VENV)/.ready
 	@command -v chromium chromedriver >/dev/null || { test "$$(id -u)" = 0 \
-	  && apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium chromium-driver; } \
+	  && deploy/tools/apt_install.sh chromium chromium-driver; } \
 	  || { echo "Install Debian's packages chromium and chromium-driver first."; exit 1; }
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements/page.lock
 	@touch $@

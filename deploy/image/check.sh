@@ -21,8 +21,7 @@ tools() {
     type -P "$tool" >/dev/null || missing+=("$tool")
   done
   [ ${#missing[@]} -eq 0 ] && return
-  apt-get update -qq
-  DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "${missing[@]}"
+  deploy/tools/apt_install.sh "${missing[@]}"
 }
 
 make_base() {
