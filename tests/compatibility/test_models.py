@@ -21,7 +21,16 @@ from tests.support.architectures import ARCHITECTURES, loss_of
 
 REGENERATE = "Run `python -m tests.compatibility.table` to renew docs/compatibility.md."
 
-every_model = pytest.mark.parametrize("name", ARCHITECTURES)
+# One worker has all tests of a model: they share its runs, and compiling takes long.
+GROUPS = {name: pytest.mark.xdist_group(name) for name in ARCHITECTURES}
+
+every_model = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=GROUPS[name]) for name in ARCHITECTURES]
+)
+every_cell = pytest.mark.parametrize(
+    ("name", "mode"),
+    [pytest.param(name, mode, marks=GROUPS[name]) for name, mode in CELLS],
+)
 
 
 def assert_close(
@@ -52,7 +61,7 @@ def assert_same_gradients(actual, expected) -> None:
 
 
 @pytest.mark.timeout(180)  # a compiler on a busy machine
-@pytest.mark.parametrize(("name", "mode"), CELLS)
+@every_cell
 def test_a_cell_of_the_table(name, mode):
     for apply in MODES[mode].applies:
         assert problems(name, apply, run(name, mode, apply)) == []

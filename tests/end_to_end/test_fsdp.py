@@ -31,7 +31,10 @@ from tests.support.sharded import (
     whole,
 )
 
-pytestmark = pytest.mark.timeout(300)  # each rank imports torch; a busy machine
+pytestmark = [
+    pytest.mark.timeout(300),  # each rank imports torch; a busy machine
+    pytest.mark.xdist_group("fsdp"),  # one worker makes the runs, once
+]
 
 STEPS = 6
 SETTINGS = {
