@@ -252,7 +252,7 @@ def main(
     share_one_arena()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    counts = [1, 2, 4] if short else [int(one) for one in ranks.split(",")]
+    counts = [1, 2] if short else [int(one) for one in ranks.split(",")]
     results = []
     for model in models.split(","):
         spec = _spec(layers_of(model, 6 if short else layers), history)

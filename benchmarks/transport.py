@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="PNG file of the throughputs")
     options = parser.parse_args()
     if options.short:
-        options.total, options.rounds = 32, 5
+        options.total, options.rounds = 8, 1
     total = options.total * MiB
     load = Load.of(int(options.mib * MiB), total)
     packed = Load.of(PACKED_BYTES, load.nbytes)
