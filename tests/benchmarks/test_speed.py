@@ -45,7 +45,7 @@ def test_scale_loses_nothing_and_draws(tmp_path):
     found = run("scale.py", "--short", "--plot", str(plot))[-1]
 
     assert found["lost"] == 0
-    assert [one["ranks"] for one in found["results"]] == [[1, 2, 4]] * 4
+    assert [one["ranks"] for one in found["results"]] == [[1, 2]] * 4
     assert {one["mode"] for one in found["results"]} == {"sessions", "ranks"}
     assert found["memory_ratio"] > 0
     assert plot.read_bytes().startswith(PNG)

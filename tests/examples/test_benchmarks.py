@@ -1,4 +1,7 @@
-"""The benchmarks of speed run; what they find is for a quiet machine to say."""
+"""The benchmarks of speed run; what they find is for a quiet machine to say.
+
+`tests/benchmarks/test_speed.py` has the solver, and scale without a server.
+"""
 
 import json
 import subprocess
@@ -42,11 +45,6 @@ def test_steps_are_timed(model):
     ("name", "options", "keys"),
     [
         (
-            "solver",
-            ("--dim", "128", "--factors", "4", "--rounds", "1"),
-            {"ratio_to_products", "speedup_over_dense"},
-        ),
-        (
             "transport",
             ("--short",),
             {
@@ -55,7 +53,6 @@ def test_steps_are_timed(model):
                 "bare_ratio_to_tcp", "inline_ratio_to_bare", "packed_ratio_to_bare",
             },
         ),
-        ("scale", ("--short",), {"memory_ratio"}),
         ("scaling", ("--short",), {"measured", "core", "gpu"}),
         (
             "scale",
@@ -63,7 +60,7 @@ def test_steps_are_timed(model):
             {"memory_ratio"},
         ),
     ],
-    ids=["solver", "transport", "scale", "scaling", "scale over gRPC"],
+    ids=["transport", "scaling", "scale over gRPC"],
 )  # fmt: skip
 def test_the_others_run(name, options, keys):
     assert keys <= run(name, *options).keys()
