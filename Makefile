@@ -14,6 +14,9 @@ DEPLOY_TOOLS := .tools/deploy
 .PHONY: help demo test test-floor gpu-check page-check page-image monitoring-check docs check format proto proto-check stubs-fresh sbom audit
 .PHONY: bench scaling grid study test-long faults fuzz soak deploy-check image-check clean
 
+# Tests start some two hundred processes: none should compile all modules anew.
+test test-floor test-long: export PYTHONDONTWRITEBYTECODE =
+
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
