@@ -2,17 +2,21 @@
 
 One thread, or a GPU with `--device cuda`, whose own copies the products and the dense
 inversion use, while the solver's rows come from the host and its inverses go there.
-`ratio_to_products` is a batch of tasks through `Solver.solve`, from float32
-rows to checked float32 inverses, over nothing but the Gram products and triangular
-solves that it cannot do without, written plainly on float64 copies of the same rows.
+`ratio_to_products` is a batch of tasks through `Solver.solve`, from float32 rows to
+checked float32 inverses, over nothing but the Gram products and triangular solves that
+it cannot do without, written plainly on float64 copies of the same rows.
 `ratio_to_fastest_products` has products with explicit inverses of the triangles in
-place of the solves. `speedup_over_dense` is per factor, over the Cholesky inversion of
-the d × d factor in float32, `speedup_over_dense_float64` over the same in the precision
-of the solver's products, and `speedup_over_inv` over `torch.linalg.inv` in float32. All
-take turns; figures are medians over the rounds.
+place of the solves. `ratio_to_plain` is over all operations that the solver cannot do
+without, each in one line for these shapes, on the CPU: what tasks, settings, histories
+and checks of the condition cost; `plain_to_products` is of these to the products.
+`speedup_over_dense` is per factor, over the Cholesky inversion of the d × d factor in
+float32, `speedup_over_dense_float64` over the same in the precision of the solver's
+products, and `speedup_over_inv` over `torch.linalg.inv` in float32. All take turns;
+figures are medians over the rounds.
 """
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,7 +31,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.speed.costs import Job, side_flops
-from benchmarks.speed.turns import hardware, time_in_turns
+from benchmarks.speed.turns import Times, hardware, time_in_turns
 from skfac.curvature.settings import CurvatureSettings
 from skfac.service.assembler import Assembly
 from skfac.service.scheduler import Task
@@ -51,6 +55,7 @@ class Factors:
         cholesky: Of a damped Gram matrix.
         inverse: Of `cholesky`.
         kept: The batch that was solved last, as a server keeps it for its subscribers.
+        kept_plainly: The same without what says what it is.
     """
 
     tasks: list[Task]
@@ -58,7 +63,7 @@ class Factors:
     cholesky: Tensor
     inverse: Tensor
     kept: list[list[Solution]] = field(default_factory=list)
-
+    kept_plainly: list[Tensor] = field(default_factory=list)
     device: str = "cpu"
 
     @classmethod
@@ -113,6 +118,15 @@ class Factors:
             _ = rows @ rows.T
             torch.linalg.solve_triangular(self.cholesky, rows, upper=False)
 
+    def plain(self) -> None:
+        """Do what the solver does to each factor, and nothing else."""
+        taken = [task.assembly.rows[0] for task in self.tasks]
+        self.kept_plainly[:] = [
+            _inverted_plainly(side)
+            for rows in taken
+            for side in (rows.activations, rows.derivatives)
+        ]
+
     def fastest_products(self) -> None:
         """Multiply alone."""
         for rows in self.rows:
@@ -134,6 +148,20 @@ class Factors:
         return factor
 
 
+def _inverted_plainly(rows: Tensor) -> Tensor:
+    wide = rows.double()
+    norm = float(torch.linalg.vector_norm(wide))  # of which the damping is a part
+    damped = wide @ wide.mT
+    damped.diagonal().add_(len(rows) * DAMPING**0.5)
+    cholesky, minor = torch.linalg.cholesky_ex(damped)
+    identity = torch.eye(len(rows), dtype=wide.dtype)
+    root = torch.linalg.solve_triangular(cholesky, identity, upper=False)
+    found: Tensor = (root @ wide).float()
+    assert int(minor) == 0
+    assert math.isfinite(norm + float(found.sum()))
+    return found
+
+
 def measure(
     dim: int, rows: int, count: int, rounds: int, device: str
 ) -> dict[str, Any]:
@@ -151,7 +179,9 @@ def measure(
         "dense float64": partial(factors.dense, torch.float64),
         "inv": factors.dense_inv,
     }
-    if device != "cpu":
+    if device == "cpu":
+        bodies["plain"] = factors.plain
+    else:
         bodies = {name: partial(_until_done, body) for name, body in bodies.items()}
     times = time_in_turns(bodies, rounds=rounds, repeats=1)
     solver = times["solver"]
@@ -166,12 +196,23 @@ def measure(
         "factor_ms": round(1000 * solver.median_s / count, 4),
         "dense_factor_ms": round(1000 * times["dense"].median_s, 3),
         "ratio_to_products": round(solver.ratio_to(times["products"]), 3),
+        **_beside_plain(times),
         "ratio_to_fastest_products": round(solver.ratio_to(times["fastest"]), 3),
         "speedup_over_dense": round(count * times["dense"].ratio_to(solver), 1),
         "speedup_over_dense_float64": round(
             count * times["dense float64"].ratio_to(solver), 1
         ),
         "speedup_over_inv": round(count * times["inv"].ratio_to(solver), 1),
+    }
+
+
+def _beside_plain(times: dict[str, Times]) -> dict[str, float]:
+    if "plain" not in times:
+        return {}
+    plain = times["plain"]
+    return {
+        "ratio_to_plain": round(times["solver"].ratio_to(plain), 3),
+        "plain_to_products": round(plain.ratio_to(times["products"]), 3),
     }
 
 

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.speed.models import WORKLOADS
 from benchmarks.speed.phases import phases_of
 from benchmarks.speed.pinned import engine, pin_trainer
+from benchmarks.speed.threads import cpu_ms_by_thread
 from benchmarks.speed.trainers import BASELINES, Trainer, baseline, skfac
 from benchmarks.speed.turns import Times, hardware, time_in_turns
 
@@ -59,7 +60,8 @@ def main(
 
     `ratio_to_sgd` is of median steps, the median of `rounds` turns; `mean_ratio_to_sgd`
     of mean ones, in which the steps that capture weigh fully. `growth_over_every_10` is
-    the median step over one of the same trainer that refreshes every 10 steps.
+    the median step over one of the same trainer that refreshes every 10 steps;
+    `cpu_ms_by_thread` says who takes the time of both.
     """
     if model not in WORKLOADS:
         raise typer.BadParameter(f"model is one of {', '.join(WORKLOADS)}.")
@@ -92,6 +94,7 @@ def main(
         result = {
             **settings,
             **_figures(times, own, update_every),
+            **_threads(trainers, device, rounds * steps),
             **phases_of(own, steps),
         }
     print(json.dumps(result))
@@ -106,6 +109,13 @@ def _times(
     turns = {name: partial(one.steps, steps) for name, one in trainers.items()}
     times = time_in_turns(turns, rounds=rounds, repeats=1)
     return {name: turn.divided_by(steps) for name, turn in times.items()}
+
+
+def _threads(trainers: dict[str, Trainer], device: str, steps: int) -> dict[str, Any]:
+    if device != "cpu":  # where autograd has threads of its own
+        return {}
+    ours = {k: one for k, one in trainers.items() if one.preconditioner is not None}
+    return {"cpu_ms_by_thread": cpu_ms_by_thread(ours, steps)}
 
 
 def _figures(times: dict[str, Times], own: Trainer, every: int) -> dict[str, Any]:

@@ -38,6 +38,9 @@ def test_steps_are_timed(model):
         "sgd", "adamw", "muon", "every 3", "every 10",
     }  # fmt: skip
     assert found["versions"]["solved"] > 0
+    for spent in found["cpu_ms_by_thread"].values():
+        assert set(spent) == {"trainer", "receive", "link", "grpc"}
+        assert spent["trainer"] > spent["receive"] > 0
     assert {"capture", "enqueue", "wait", "apply", "trust"} == set(found["phase_share"])
 
 
