@@ -113,10 +113,17 @@ def browser():
     driver.quit()
 
 
-@pytest.fixture
-def page(browser, server, trainer, hostile):
-    """The page at the width of a desk, with a chart of some answers."""
+@pytest.fixture(scope="module")
+def chart(browser, server, trainer, hostile):
+    """The page with a chart of some answers, which take seconds to come."""
     return opened(browser, server, DESK, columns=2)
+
+
+@pytest.fixture
+def page(chart):
+    """It, at the width of a desk."""
+    show(chart, DESK)
+    return chart
 
 
 def opened(browser, server, size: tuple[int, int], columns: int):
@@ -302,7 +309,20 @@ def test_a_screen_reader_finds_its_way(page):
     assert "Mean seconds of each stage" in found["chart"]
 
 
+def test_it_says_when_the_server_cannot_be_reached(page, server):
+    assert text(page, "lost") == ""
+    server.process.send_signal(signal.SIGSTOP)
+    try:
+        eventually(lambda: "The server cannot be reached" in text(page, "lost"))
+        assert "what is below is from then" in text(page, "lost")
+        assert rows(page, "sessions")
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+    eventually(lambda: text(page, "lost") == "")
+
+
 def test_names_are_text_and_never_run(page):
+    """The last one: it leaves markup in the page."""
     eventually(lambda: any(row[1] == LAYER for row in rows(page, "layers")))
     assert any(row[0] == JOB for row in rows(page, "sessions"))
     assert any(row[2] == LAYER for row in rows(page, "errors"))
@@ -318,15 +338,3 @@ def test_names_are_text_and_never_run(page):
         lambda: any("Content Security Policy" in one for one in complaints(page))
     )
     assert page.execute_script("return window.hacked") is None
-
-
-def test_it_says_when_the_server_cannot_be_reached(page, server):
-    assert text(page, "lost") == ""
-    server.process.send_signal(signal.SIGSTOP)
-    try:
-        eventually(lambda: "The server cannot be reached" in text(page, "lost"))
-        assert "what is below is from then" in text(page, "lost")
-        assert rows(page, "sessions")
-    finally:
-        server.process.send_signal(signal.SIGCONT)
-    eventually(lambda: text(page, "lost") == "")

@@ -60,7 +60,7 @@ def test_a_fuzz_fails_by_each_measure(name, value):
 def test_a_short_soak_runs(tmp_path):
     plot = tmp_path / "soak.png"
     found = last_line(
-        str(TESTS / "soak" / "run.py"), "--minutes", "0.1", "--plot", str(plot)
+        str(TESTS / "soak" / "run.py"), "--minutes", "0.05", "--plot", str(plot)
     )
     assert found["server_alive"]
     assert found["errors"] == []
