@@ -64,8 +64,9 @@ class Preconditioner:
         model: Trained by `optimizer`; layers of other types pass through, which a
             `PassThroughWarning` says.
         optimizer: Any torch optimizer; its learning rates set the trust region.
-        target: `"embedded"` runs the engine on a thread of this process, `"host:port"`
-            or `"unix:/path"` uses a server, `"ray://namespace/pool"` or the handle of a
+        target: `"embedded"` runs the engine on a thread of this process, which on the
+            CPU wants a core: `torch.set_num_threads(cores - 1)`. `"host:port"` or
+            `"unix:/path"` uses a server, `"ray://namespace/pool"` or the handle of a
             Ray actor what `skfac.service.ray` started. A list of those spreads the
             layers over several, and so does `"dns:///name:port"` over all addresses of
             a name, which may change while training. One that cannot be reached is tried
