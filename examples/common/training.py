@@ -146,6 +146,17 @@ def train(
         yield Result(step, seconds, validation.loss, validation.metric, report)
 
 
+def usable_cores() -> int:
+    """Count the cores that this process may use.
+
+    Returns:
+        At least 1.
+    """
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 @contextmanager
 def a_core_for_the_engine_of(preconditioner: Preconditioner | None) -> Iterator[None]:
     """Leave a core to an engine in this process.
@@ -156,7 +167,7 @@ def a_core_for_the_engine_of(preconditioner: Preconditioner | None) -> Iterator[
     Yields:
         Nothing.
     """
-    threads, cores = torch.get_num_threads(), os.cpu_count() or 1
+    threads, cores = torch.get_num_threads(), usable_cores()
     if preconditioner is not None and "embedded" in preconditioner.report()["servers"]:
         torch.set_num_threads(max(1, min(threads, cores - 1)))
     try:
