@@ -113,7 +113,7 @@ class WebServer(ThreadingHTTPServer):
             return True
 
     def service_actions(self) -> None:
-        """Cut the connections whose time is over; called all the time."""
+        """Cut the connections whose time is over; called every `_LOOKS_EVERY_S`."""
         self._cut(time.monotonic())
 
     def shutdown_request(self, request: object) -> None:
