@@ -1,6 +1,7 @@
 """`Moment`: exact until it is compressed, and then no trace is lost."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from skfac.curvature.factor import Moment, add_moments, moment_of
 from tests.support.dense import normal, relative_error
+from tests.support.values import same_bits
 from tests.support.weighted import (
     diagonal_factor,
     kept_matrix,
@@ -52,9 +54,34 @@ def test_moment_of_rows_is_their_factor(shape, dtype):
 
     taken = moment_of(rows, count=shape[-2])
 
+    form = "rows" if shape[-2] < shape[-1] else "dense"  # whichever is smaller
     assert taken.tensor.dtype is torch.float64
     assert relative_error(kept_matrix(taken), whole_factor(rows.double())) < EXACT
-    assert (taken.form, taken.dropped, taken.dim) == ("rows", 0.0, shape[-1])
+    assert (taken.form, taken.dropped, taken.dim) == (form, 0.0, shape[-1])
+
+
+def test_a_moment_keeps_nothing_of_its_callers_rows():
+    rows = normal(3, 5)
+    taken = moment_of(rows, count=3)
+    before = kept_matrix(taken)
+
+    rows.zero_()
+
+    assert same_bits(kept_matrix(taken), before)
+
+
+@SHAPES
+def test_the_square_has_the_nonzero_eigenvalues(shape):
+    taken = moment(*shape)
+
+    size = min(shape[-2:])
+    assert taken.square.shape == (*shape[:-2], size, size)
+    again = replace(taken)  # without what was worked out at once
+    torch.testing.assert_close(again.square, taken.square, rtol=EXACT, atol=EXACT)
+    values = torch.linalg.eigvalsh(taken.square).flatten() / taken.weight
+    whole = torch.linalg.eigvalsh(whole_factor(rows_of(*shape)))
+    largest = whole.sort().values[-len(values) :]
+    torch.testing.assert_close(values.sort().values, largest, rtol=1e-9, atol=EXACT)
 
 
 @SHAPES
@@ -65,7 +92,7 @@ def test_mean_eigenvalue_is_that_of_all_blocks(shape):
     expected = pytest.approx(float(eigenvalues.mean()), rel=EXACT)
 
     assert taken.mean_eigenvalue == expected
-    assert taken.condensed().mean_eigenvalue == expected
+    assert taken.mean_eigenvalue == expected
     assert taken.scaled(0.3).mean_eigenvalue == expected
     assert taken.compressed(rank=1).mean_eigenvalue == expected
 
@@ -108,9 +135,9 @@ def test_rejects_no_examples():
 @SHAPES
 @pytest.mark.parametrize("form", ["rows", "dense", "diagonal"])
 def test_scaled_changes_the_weight_and_not_the_factor(form, shape):
-    taken = moment(*shape).compressed(rank=1)
+    taken = Moment("rows", rows_of(*shape), float(shape[-2]), dropped=0.5)
     if form == "dense":
-        taken = moment(*shape[:-2], 20, shape[-1]).condensed()
+        taken = replace(moment(*shape[:-2], 20, shape[-1]), dropped=0.5)
     if form == "diagonal":
         taken = moment_of(rows_of(4, shape[-1]), count=4, diagonal=True)
 
@@ -122,17 +149,6 @@ def test_scaled_changes_the_weight_and_not_the_factor(form, shape):
     torch.testing.assert_close(kept_matrix(less), kept_matrix(taken))
 
 
-@SHAPES
-def test_condensed_never_has_more_rows_than_the_factor(shape):
-    taken = moment(*shape)
-
-    small = taken.condensed()
-
-    assert small.form == ("rows" if shape[-2] < shape[-1] else "dense")
-    assert small.tensor.numel() <= taken.tensor.numel()
-    assert relative_error(kept_matrix(small), kept_matrix(taken)) < EXACT
-
-
 @pytest.mark.parametrize("groups", [(), (1,), (3,)])
 @pytest.mark.parametrize(
     "counts", [(2, 3), (2, 3, 1, 2), (5, 4), (12, 1), (1, 12), (10, 11)]
@@ -141,7 +157,7 @@ def test_sum_is_the_weighted_mean(counts, groups):
     updates = [rows_of(*groups, n, 9, seed=n) for n in counts]
     weights = [0.1 * (j + 1) for j in range(len(counts))]
     moments = [
-        moment_of(rows, count=n).scaled(w / n).condensed()
+        moment_of(rows, count=n).scaled(w / n)
         for rows, n, w in zip(updates, counts, weights, strict=True)
     ]
 
@@ -182,10 +198,11 @@ def test_a_single_moment_is_its_own_sum():
 
 @SHAPES
 @pytest.mark.parametrize("rank", [1, 2, 3])
-@pytest.mark.parametrize("condense", [False, True])
-def test_compressed_keeps_the_leading_directions(shape, rank, condense):
-    taken = moment(*shape).condensed() if condense else moment(*shape)
+@pytest.mark.parametrize("tall", [False, True])
+def test_compressed_keeps_the_leading_directions(shape, rank, tall):
     rows = rows_of(*shape)
+    # As many rows as columns or more are nothing that is made, but may be received.
+    taken = Moment("rows", rows, float(shape[-2])) if tall else moment(*shape)
 
     small = taken.compressed(rank=rank)
 
@@ -209,14 +226,15 @@ def leading_part(rows: Tensor, rank: int) -> Tensor:
     dim=st.integers(1, 9),
     rank=st.one_of(st.none(), st.integers(1, 12)),
     energy=st.floats(0.01, 1),
-    condense=st.booleans(),
+    tall=st.booleans(),
     seed=seeds,
 )
 def test_compressed_holds_the_energy_in_the_fewest_directions(
-    groups, count, dim, rank, energy, condense, seed
+    groups, count, dim, rank, energy, tall, seed
 ):
     taken = moment(groups, count, dim, seed=seed)
-    taken = taken.condensed() if condense else taken
+    if tall:
+        taken = Moment("rows", rows_of(groups, count, dim, seed=seed), float(count))
     values = torch.linalg.eigvalsh(taken.tensor.mT @ taken.tensor)
     if taken.form == "dense":
         values = torch.linalg.eigvalsh(taken.tensor)
@@ -260,7 +278,7 @@ def test_nothing_is_decomposed_where_nothing_can_be_cut(shape, spare):
     rank = None if spare is None else min(shape[-2:]) + spare
 
     assert taken.compressed(rank=rank) is taken
-    dense = moment(*shape[:-2], 20, shape[-1]).condensed()
+    dense = moment(*shape[:-2], 20, shape[-1])
     assert dense.compressed(rank=None if rank is None else shape[-1]) is dense
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from skfac.curvature.finite import all_finite, are_finite
+from skfac.curvature.finite import all_finite
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -31,11 +31,3 @@ def test_large_numbers_whose_sum_overflows_are_finite():
 
 def test_nothing_is_finite():
     assert all_finite(torch.empty(0, 3))
-    assert are_finite([]) == []
-
-
-def test_each_of_many_is_told():
-    large, bad = torch.full((9,), 3e38), torch.tensor([[1.0, math.nan]])
-    mixed = [torch.ones(3).double(), bad, large, torch.empty(0), large * math.inf]
-
-    assert are_finite(mixed) == [True, False, True, True, False]

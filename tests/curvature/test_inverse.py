@@ -319,11 +319,9 @@ def test_a_diagonal_of_any_condition_is_exact_in_float32():
 
 
 @pytest.mark.parametrize("shape", [(8, 9), (12, 9), (2, 8, 9)], ids=str)
-@pytest.mark.parametrize("condense", [False, True])
 @pytest.mark.parametrize("weight", [1.0, 0.05])
-def test_what_was_dropped_is_damping(weight, condense, shape):
+def test_what_was_dropped_is_damping(weight, shape):
     moment = moment_of(normal(*shape), count=shape[-2])
-    moment = moment.condensed() if condense else moment
     small = moment.compressed(rank=3).scaled(weight)
 
     inverse = invert_moment(small, damping=0.1, dtype=torch.float64)
@@ -340,24 +338,37 @@ def test_what_was_dropped_is_damping(weight, condense, shape):
     assert float(exact.trace()) / dim == pytest.approx(moment.mean_eigenvalue + 0.1)
 
 
-def test_a_matrix_is_inverted_like_its_rows():
-    moment = moment_of(normal(12, 5), count=12)
-    kept = moment.condensed().tensor.clone()
-    condensed = Moment("dense", kept, moment.weight)
+def test_rows_are_inverted_like_their_matrix_however_many_there_are():
+    rows = normal(12, 5)
+    matrix = moment_of(rows, count=12)
+    kept = matrix.tensor.clone()
 
     found = [
-        invert_moment(m, damping=0.1, dtype=torch.float32) for m in (moment, condensed)
+        invert_moment(moment, damping=0.1, dtype=torch.float64)
+        for moment in (matrix, Moment("rows", rows, 12.0))
     ]
 
-    assert isinstance(found[1], DenseInverse)
-    torch.testing.assert_close(found[1].matrix, found[0].tensor)
-    assert torch.equal(kept, moment.condensed().tensor)
+    assert [type(inverse) for inverse in found] == [DenseInverse, LowRankInverse]
+    assert relative_error(explicit(found[1]), explicit(found[0])) < EXACT
+    assert torch.equal(kept, matrix.tensor)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (9, 4)])
+@pytest.mark.parametrize("diagonal", [True, False])
+def test_an_inverse_that_would_overflow_is_none(diagonal, shape):
+    moment = moment_of(torch.zeros(shape), count=3, diagonal=diagonal)
+    smallest = 1 / torch.finfo(torch.float32).max
+
+    found = invert_moment(moment, damping=1.01 * smallest, dtype=torch.float32)
+    assert found.tensor.isfinite().all()
+    with pytest.raises(torch.linalg.LinAlgError, match=r"needs at least 2\.94e-39"):
+        invert_moment(moment, damping=0.99 * smallest, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("damping", [0.0, -1.0, math.nan])
 @pytest.mark.parametrize("diagonal", [True, False])
 def test_rejects_damping_of_a_moment(diagonal, damping):
-    moment = moment_of(normal(9, 4), count=9, diagonal=diagonal).condensed()
+    moment = moment_of(normal(9, 4), count=9, diagonal=diagonal)
 
     with pytest.raises(ValueError, match=f"damping must be positive, got {damping}"):
         invert_moment(moment, damping=damping, dtype=torch.float64)

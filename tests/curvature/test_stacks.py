@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from skfac.curvature import stacks
 from skfac.curvature.damped import DampedFactor, NoInverse
-from skfac.curvature.factor import Moment, look_at, moment_of
+from skfac.curvature.factor import Moment, look_at, moment_of, moments_of
+from skfac.curvature.halves import gram
 from skfac.curvature.inverse import (
     DenseInverse,
     DiagonalInverse,
@@ -48,7 +49,7 @@ def moments(*shapes: tuple[int, ...]) -> list[Moment]:
 
 def all_forms() -> list[Moment]:
     diagonal = moment_of(normal(3, 9), count=2, diagonal=True)
-    dense = moment_of(normal(40, 33), count=40).condensed()
+    dense = moment_of(normal(40, 33), count=40)
     assert dense.form == "dense"
     dropped = moment_of(normal(9, 20), count=9).compressed(rank=4)
     return [*moments(*SHAPES, *SHAPES), diagonal, dense, dropped]
@@ -197,14 +198,32 @@ def test_the_traces_of_many_are_those_of_each(stacked, monkeypatch):
     monkeypatch.setattr("skfac.curvature.factor.read_numbers", read)
     look_at(taken)
 
-    assert waits == [len(taken) - 2, 1, 1]  # once for each form
+    assert waits == [len(taken)]
     for moment in taken:
         alone = replace(moment)
         assert "trace" in vars(moment)
         assert "trace" not in vars(alone)
         assert moment.trace == pytest.approx(alone.trace, rel=1e-12)
     look_at(taken)
-    assert len(waits) == 3
+    assert len(waits) == 1
+
+
+def test_rows_are_multiplied_once(stacked, monkeypatch):
+    products = []
+
+    def multiply(side: Tensor) -> Tensor:
+        products.append(side.shape)
+        return gram(side)
+
+    monkeypatch.setattr("skfac.curvature.factor.gram", multiply)
+    shapes = [(4, 9), (12, 5), (4, 9)]
+    rows = [normal(*shape) for shape in shapes]
+    taken = moments_of(rows, counts=[4, 12, 4], diagonal=3 * [False])
+    look_at(taken)
+    found = invert_factors(factors_of(taken, torch.float64))
+
+    assert not any(isinstance(inverse, NoInverse) for inverse in found)
+    assert products == [(2, 4, 9), (1, 5, 12)]
 
 
 def preconditioner(seed: int, *, activations, derivatives) -> LayerPreconditioner:

@@ -7,9 +7,11 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from torch import Tensor
 
 from skfac.curvature import stacks
 from skfac.curvature.inverse import DenseInverse, DiagonalInverse, LowRankInverse
+from skfac.curvature.invert import invert_factors
 from skfac.curvature.settings import History
 from skfac.service.scheduler import Task
 from skfac.service.solver import ATTEMPTS, Solution, Solver
@@ -88,6 +90,64 @@ def test_the_bits_do_not_depend_on_the_batch(order):
     assert {type(s.outcome) for s in solutions} == {Version, Loss}
     for task, solution in zip(batch[::order], solutions, strict=True):
         assert_same_solution(solution, solved(task))
+
+
+@pytest.fixture
+def parts(monkeypatch):
+    """How many factors were inverted together, each time."""
+    found: list[int] = []
+
+    def invert(factors):
+        found.append(len(factors))
+        return invert_factors(factors)
+
+    monkeypatch.setattr("skfac.curvature.layer.invert_factors", invert)
+    return found
+
+
+@pytest.mark.parametrize(("tasks", "expected"), [(1, 5 * [2]), (2.99, [4, 4, 2])])
+def test_parts_of_a_batch_are_small_in_float64(monkeypatch, parts, tasks, expected):
+    batch = [task_of(session_spec(*LAYERS), layer=0, count=8) for _ in range(5)]
+    rows = batch[0].assembly.rows[0]
+    size = rows.activations.double().nbytes + rows.derivatives.double().nbytes
+    monkeypatch.setattr("skfac.service.solver._PART", tasks * size)
+
+    Solver("cpu").solve(batch)
+
+    assert parts == expected
+
+
+def test_a_past_counts_as_a_part_of_its_task(monkeypatch, parts):
+    spec = session_spec(history="window")
+    before = solved(task_of(spec, 1, count=64)).history
+    task = task_of(spec, 5, count=1)
+    monkeypatch.setattr("skfac.service.solver._PART", before.nbytes)
+    parts.clear()
+
+    Solver("cpu").solve([replace(task, history=before)] * 2)
+    Solver("cpu").solve([task] * 2)
+
+    assert parts == [2, 2, 4]
+
+
+def test_stacks_are_of_the_whole_batch(monkeypatch, parts):
+    monkeypatch.setattr(stacks, "faster_on", lambda device: True)
+    monkeypatch.setattr("skfac.service.solver._PART", 0)
+
+    Solver("cpu").solve([task_of(session_spec()) for _ in range(3)])
+
+    assert parts == [6]
+
+
+@pytest.mark.parametrize("history", ["window", "ema"])
+@pytest.mark.parametrize("rank", [None, 1])
+def test_a_history_keeps_nothing_that_its_bytes_lack(history, rank):
+    spec = session_spec(history=history)
+    kept = solved(task_of(spec, count=2, rank_cap=rank)).history
+
+    for moment in (*kept.activations, *kept.derivatives):
+        tensors = [one for one in vars(moment).values() if isinstance(one, Tensor)]
+        assert len(tensors) == 1
 
 
 def test_one_that_fails_costs_no_other(monkeypatch):

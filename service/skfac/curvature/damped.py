@@ -54,9 +54,8 @@ class DampedFactor:
 
     @property
     def low_rank(self) -> bool:
-        """Whether there are fewer rows than `d`: then their Gram matrix is inverted."""
-        moment = self.moment
-        return moment.form == "rows" and moment.tensor.shape[-2] < moment.dim
+        """Whether the Gram matrix of rows is inverted, not the factor."""
+        return self.moment.form == "rows"
 
     @property
     def condition_bound(self) -> float:
@@ -66,6 +65,21 @@ class DampedFactor:
     @property
     def _trace_bound(self) -> float:
         return self.moment.trace / self.moment.weight + self.total_damping
+
+    @property
+    def overflow(self) -> NoInverse | None:
+        """Why the inverse would not be finite in `dtype`, or None.
+
+        Its eigenvalues are at most `1 / λ`, and so are its numbers; those of `V` are at
+        most 1. So nobody needs to look at what comes out.
+        """
+        damping, smallest = self.total_damping, 1 / torch.finfo(self.dtype).max
+        if damping >= smallest:
+            return None
+        return NoInverse(
+            f"With damping {damping:.3g} the inverse of a factor would not be finite: "
+            f"{self.dtype} needs at least {smallest:.3g}."
+        )
 
     def refusal(
         self, damped: Float[Tensor, "*groups m m"], minor: int
@@ -96,4 +110,4 @@ class DampedFactor:
                 f"A factor with damping {damping:.3g} is not positive definite: its "
                 f"leading minor of order {minor} is not."
             )
-        return None
+        return self.overflow

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from skfac.curvature import stacks
 from skfac.curvature.halves import gram
-from skfac.curvature.stacks import Operation, in_stacks, read_numbers
+from skfac.curvature.stacks import in_stacks, read_numbers
 
 Form = Literal["rows", "dense", "diagonal"]
 
@@ -62,15 +62,20 @@ class Moment:
         groups = self.tensor.shape[0] if self.tensor.ndim == 3 else 1
         return groups * self.dim
 
-    @cached_property  # a pass over the tensor, and asked for more than once
+    @cached_property  # what the inverse is made of, the trace, and what is cut off
+    def square(self) -> Float[Tensor, "*groups m m"]:
+        """`R Rᵀ` of rows, with their nonzero eigenvalues; a dense matrix itself."""
+        return gram(self.tensor) if self.form == "rows" else self.tensor
+
+    @cached_property
     def trace(self) -> float:
         """The trace of what `tensor` holds, summed over groups; see `look_at`."""
-        if self.form == "rows":
-            norm = float(torch.linalg.vector_norm(self.tensor))
-            return norm * norm
-        if self.form == "diagonal":
-            return float(self.tensor.sum())
-        return float(self.tensor.diagonal(dim1=-2, dim2=-1).sum())
+        return float(_on_diagonal(self).sum())
+
+    @property
+    def bare(self) -> "Moment":
+        """The same without `square`, which takes memory."""
+        return replace(self)
 
     @property
     def mean_eigenvalue(self) -> float:
@@ -115,16 +120,6 @@ class Moment:
             dropped=self.dropped * by,
         )
 
-    def condensed(self) -> "Moment":
-        """Replace `d` rows or more by the matrix, which is smaller then.
-
-        Returns:
-            The same moment, but never in more than `d` rows.
-        """
-        if self.form != "rows" or self.tensor.shape[-2] < self.dim:
-            return self
-        return replace(self, form="dense", tensor=gram(self.tensor.mT))
-
     def compressed(self, *, rank: int | None, energy: float = 1.0) -> "Moment":
         """Keep the leading eigen-directions and count the trace of the others.
 
@@ -146,10 +141,7 @@ class Moment:
         rank = size if rank is None else min(rank, size)
         if self.form == "diagonal" or (rank == size and energy == 1):
             return self
-        matrix = self.condensed()
-        by_rows = matrix.form == "rows"
-        square = gram(matrix.tensor) if by_rows else matrix.tensor
-        values, vectors = torch.linalg.eigh(square)
+        values, vectors = torch.linalg.eigh(self.square)
         values = values.flip(-1).clamp(min=0)
         if energy < 1:
             total = self.trace + self.dropped
@@ -157,8 +149,8 @@ class Moment:
         if rank == size:
             return self
         leading = vectors.mT.flip(-2)[..., :rank, :]
-        if by_rows:
-            kept = leading @ matrix.tensor
+        if self.form == "rows":
+            kept = leading @ self.tensor
         else:
             kept = leading * values[..., :rank, None].sqrt()
         cut = self.trace - float(kept.square().sum())
@@ -202,14 +194,18 @@ def moments_of(
     Returns:
         Moments that `Moment.check` is yet to be asked of.
     """
-    tensors = [tensor for (tensor,) in in_stacks(_in_float64, sides)]
-    # The weight n, not 1: unscaled rows lose nothing to rounding.
-    return [
-        Moment("diagonal", tensor.square().sum(-2, keepdim=True), float(count))
-        if on_diagonal
-        else Moment("rows", tensor, float(count))
-        for tensor, count, on_diagonal in zip(tensors, counts, diagonal, strict=True)
-    ]
+    found: dict[int, Moment] = {}
+    for on_diagonal, operation in ((True, _diagonal), (False, _rows_or_matrix)):
+        places = [i for i, one in enumerate(diagonal) if one == on_diagonal]
+        made = in_stacks(operation, [sides[i] for i in places])
+        for i, (tensor, *square) in zip(places, made, strict=True):
+            form: Form = "rows" if square else "dense"
+            form = "diagonal" if on_diagonal else form
+            # The weight n, not 1: unscaled rows lose nothing to rounding.
+            found[i] = Moment(form, tensor, float(counts[i]))
+            if square:
+                vars(found[i])["square"] = square[0]  # where the property keeps it
+    return [found[i] for i in range(len(sides))]
 
 
 def look_at(moments: Sequence[Moment]) -> None:
@@ -223,23 +219,33 @@ def look_at(moments: Sequence[Moment]) -> None:
     unknown = [moment for moment in moments if "trace" not in vars(moment)]
     if not unknown or not stacks.faster_on(unknown[0].tensor.device):
         return
-    for form, operation in _TRACES.items():
-        some = [moment for moment in unknown if moment.form == form]
-        found = in_stacks(operation, [moment.tensor for moment in some])
-        traces = read_numbers([trace for (trace,) in found])
-        for moment, blocks in zip(some, traces, strict=True):
-            vars(moment)["trace"] = sum(blocks)  # where the property keeps it
+    rows = [m for m in unknown if m.form == "rows" and "square" not in vars(m)]
+    squares = in_stacks(lambda tensor: (gram(tensor),), [m.tensor for m in rows])
+    for moment, (square,) in zip(rows, squares, strict=True):
+        vars(moment)["square"] = square
+    diagonals = [_on_diagonal(moment).reshape(-1) for moment in unknown]
+    sums = in_stacks(lambda diagonal: (diagonal.sum(-1),), diagonals)
+    traces = read_numbers([total for (total,) in sums])
+    for moment, (trace,) in zip(unknown, traces, strict=True):
+        vars(moment)["trace"] = trace
 
 
-def _in_float64(rows: Tensor) -> tuple[Tensor]:
-    return (rows.to(torch.float64, copy=True),)  # a history outlives its caller's rows
+def _on_diagonal(moment: Moment) -> Tensor:
+    if moment.form == "diagonal":
+        return moment.tensor
+    return moment.square.diagonal(dim1=-2, dim2=-1)
 
 
-_TRACES: dict[Form, Operation] = {
-    "rows": lambda rows: (torch.linalg.vector_norm(rows, dim=(-2, -1)).square(),),
-    "diagonal": lambda diagonal: (diagonal.sum((-2, -1)),),
-    "dense": lambda matrix: (matrix.diagonal(dim1=-2, dim2=-1).sum(-1),),
-}
+def _diagonal(rows: Tensor) -> tuple[Tensor]:
+    return (rows.double().square().sum(-2, keepdim=True),)
+
+
+def _rows_or_matrix(rows: Tensor) -> tuple[Tensor, ...]:
+    # Whichever is smaller. The product at once, while the rows are in the cache.
+    rows = rows.to(torch.float64, copy=True)  # a history outlives its caller's
+    if rows.shape[-2] < rows.shape[-1]:
+        return rows, gram(rows)
+    return (gram(rows.mT),)
 
 
 def add_moments(*moments: Moment) -> Moment:

@@ -50,7 +50,7 @@ def lower_times(
 
 
 def _by_blocks(matrix: Tensor) -> bool:
-    large = matrix.ndim == 2 and len(matrix) >= _WORTH_IT
+    large = matrix.ndim == 2 and matrix.shape[0] >= _WORTH_IT
     return large and not faster_on(matrix.device)
 
 

@@ -180,9 +180,13 @@ class LayerHistory:
             raise ValueError("A history without updates cannot precondition a layer.")
         activations, derivatives = (
             add_moments(*side).compressed(rank=settings.rank, energy=settings.energy)
-            for side in (self.activations, self.derivatives)
+            for side in (self._to_use(self.activations), self._to_use(self.derivatives))
         )
         return activations, derivatives
+
+    def _to_use(self, kept: tuple[Moment, ...]) -> tuple[Moment, ...]:
+        # A snapshot is used at once; what stays is not to grow by what is made of it.
+        return kept if self.history == "snapshot" else tuple(m.bare for m in kept)
 
     def _updates(self, kept: tuple[Moment, ...], settings: CurvatureSettings) -> int:
         if self.history == "ema" and settings.decay > 0:
@@ -227,7 +231,7 @@ def _fold(
     if history == "snapshot":
         return (newest,)
     decay = settings.decay
-    newest = newest.scaled((1 - decay) / newest.weight).condensed()
+    newest = newest.scaled((1 - decay) / newest.weight)
     older = tuple(moment.scaled(decay) for moment in moments if decay * moment.weight)
     if history == "window":
         return (*older, newest)[-settings.window :]

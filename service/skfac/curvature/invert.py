@@ -19,8 +19,8 @@ the speed of triangular solves.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 
 import torch
 from jaxtyping import Float
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from skfac.curvature.damped import DampedFactor, NoInverse
 from skfac.curvature.factor import Moment, moment_of
-from skfac.curvature.halves import gram, lower_times
+from skfac.curvature.halves import lower_times
 from skfac.curvature.inverse import (
     DenseInverse,
     DiagonalInverse,
@@ -111,14 +111,16 @@ def invert_factors(factors: Sequence[DampedFactor]) -> list[FactorInverse | NoIn
     ]
 
 
-def _invert_diagonal(factor: DampedFactor) -> DiagonalInverse:
+def _invert_diagonal(factor: DampedFactor) -> DiagonalInverse | NoInverse:
     moment, damping = factor.moment, factor.total_damping
+    if factor.overflow is not None:
+        return factor.overflow
     diagonal = (moment.tensor / moment.weight + damping).reciprocal()
     return DiagonalInverse(diagonal.to(factor.dtype), damping)
 
 
 def _invert_grams(factors: list[DampedFactor]) -> list[FactorInverse | NoInverse]:
-    damped = _damped_grams(factors)
+    damped = _damped_squares(factors)
     factorized = in_stacks(torch.linalg.cholesky_ex, damped)
     minors = read_numbers([info for _, info in factorized])
     found: dict[int, FactorInverse | NoInverse] = {}
@@ -137,35 +139,17 @@ def _invert_grams(factors: list[DampedFactor]) -> list[FactorInverse | NoInverse
     return [found[i] for i in range(len(factors))]
 
 
-def _damped_grams(factors: list[DampedFactor]) -> list[Tensor]:
+def _damped_squares(factors: list[DampedFactor]) -> list[Tensor]:
     # Times the weight, which need not be divided by.
     device = factors[0].moment.tensor.device
     shifts = [factor.moment.weight * factor.total_damping for factor in factors]
-    found: dict[int, Tensor] = {}
-    numbers = numbers_for(device, shifts)
-    for product in (True, False):
-        places = [
-            i for i, f in enumerate(factors) if (f.moment.form == "rows") == product
-        ]
-        if not places:
-            continue
-        sides = [_short_side(factors[i]) for i in places]
-        damped = in_stacks(
-            partial(_damped_gram, product=product), sides, [numbers[i] for i in places]
-        )
-        found.update((i, matrix) for i, (matrix,) in zip(places, damped, strict=True))
-    return [found[i] for i in range(len(factors))]
+    squares = [factor.moment.square for factor in factors]
+    damped = in_stacks(_damped, squares, numbers_for(device, shifts))
+    return [matrix for (matrix,) in damped]
 
 
-def _short_side(factor: DampedFactor) -> Tensor:
-    # Of the rows if there are fewer of them than columns, else of the columns.
-    moment = factor.moment
-    tall = moment.form == "rows" and not factor.low_rank
-    return moment.tensor.mT if tall else moment.tensor
-
-
-def _damped_gram(side: Tensor, shift: Number, *, product: bool) -> tuple[Tensor]:
-    damped = gram(side) if product else side.clone()
+def _damped(square: Tensor, shift: Number) -> tuple[Tensor]:
+    damped = square.clone()
     diagonal = damped.diagonal(dim1=-2, dim2=-1)
     diagonal.add_(for_each(shift, diagonal))
     return (damped,)
@@ -175,21 +159,26 @@ def _low_rank_inverses(
     factors: list[DampedFactor], choleskys: list[Tensor], dtype: torch.dtype
 ) -> list[FactorInverse]:
     rows = [factor.moment.tensor for factor in factors]
-    bases = [basis for (basis,) in in_stacks(_basis, choleskys, rows)]
+    identity = cache(partial(torch.eye, dtype=torch.float64, device=rows[0].device))
+    roots = in_stacks(partial(_inverse_root, identity=identity), choleskys)
+    bases = in_stacks(_basis, [root for (root,) in roots], rows)
     # All products first: what stays would else lie between them, and the memory of
     # rows that are done with could not be used again for the next products.
-    rounded = in_stacks(lambda basis: (basis.to(dtype),), bases)
+    rounded = in_stacks(lambda basis: (basis.to(dtype),), [basis for (basis,) in bases])
     return [
         LowRankInverse(basis, factor.total_damping)
         for factor, (basis,) in zip(factors, rounded, strict=True)
     ]
 
 
-def _basis(cholesky: Tensor, rows: Tensor) -> tuple[Tensor]:
-    identity = torch.eye(
-        cholesky.shape[-1], dtype=cholesky.dtype, device=cholesky.device
-    )
-    root = torch.linalg.solve_triangular(cholesky, identity, upper=False)
+def _inverse_root(
+    cholesky: Tensor, *, identity: Callable[[int], Tensor]
+) -> tuple[Tensor]:
+    ones = identity(cholesky.shape[-1])
+    return (torch.linalg.solve_triangular(cholesky, ones, upper=False),)
+
+
+def _basis(root: Tensor, rows: Tensor) -> tuple[Tensor]:
     return (lower_times(root, rows),)
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from skfac.curvature import stacks
 from skfac.curvature.damped import NoInverse
 from skfac.curvature.factor import Moment, look_at
-from skfac.curvature.finite import are_finite
 from skfac.curvature.history import LayerHistory, updates_of
 from skfac.curvature.layer import (
     DampedLayer,
@@ -31,6 +30,8 @@ DAMPING_GROWTH = 10.0
 
 ATTEMPTS = 4
 """How often an inversion is tried before its version is given up."""
+
+_PART = 1 << 23  # bytes of float64 rows that are solved together on the CPU
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,12 +119,20 @@ class Solver:
         return _held_in(state, [copy.wait() for copy in copies])
 
     def _parts(self, batch: Sequence[Task]) -> Iterator[Sequence[Task]]:
-        # Where nothing is stacked, a task alone keeps its float64 rows in the cache,
-        # and frees them before the next task.
-        if stacks.faster_on(self._device):
-            yield batch
-        else:
-            yield from ([task] for task in batch)
+        # Where nothing is stacked, the float64 rows of a part are freed before the
+        # next. Of more tasks than one, as a small operation takes half as long after
+        # its like as it takes after a large product.
+        part: list[Task] = []
+        size = 0
+        for task in batch:
+            added = _size(task)
+            if part and size + added > _PART and not stacks.faster_on(self._device):
+                yield part
+                part, size = [], 0
+            part.append(task)
+            size += added
+        if part:
+            yield part
 
     def _solve_part(self, part: Sequence[Task]) -> list[Solution]:
         with self._staging.stream():
@@ -215,27 +224,13 @@ class Solver:
             if isinstance(preconditioner, LayerPreconditioner)
             for tensor in preconditioner.tensors
         ]
-        copies = self._staging.to_host(tensors)
-        finite = iter(are_finite(tensors))  # where they were made, meanwhile
-        host = iter(copies.wait())
+        host = iter(self._staging.to_host(tensors).wait())
         return [
             preconditioner
             if isinstance(preconditioner, NoInverse)
-            else _checked(
-                preconditioner.with_tensors(next(host), next(host)),
-                layer.damping,
-                finite=all([next(finite), next(finite)]),
-            )
-            for layer, preconditioner in zip(layers, found, strict=True)
+            else preconditioner.with_tensors(next(host), next(host))
+            for preconditioner in found
         ]
-
-
-def _checked(
-    preconditioner: LayerPreconditioner, damping: float, *, finite: bool
-) -> LayerPreconditioner | NoInverse:
-    if finite:
-        return preconditioner
-    return NoInverse(f"With damping {damping:.3g} the inverse is not finite.")
 
 
 def _solved(
@@ -258,6 +253,11 @@ def _failed(
     step = task.assembly.step
     text = f"Layer {_name(task)!r} at step {step} was not inverted: {reason}"
     return _lost(task, "failed", text, history, retries)
+
+
+def _size(task: Task) -> int:
+    older = 0 if task.history is None else task.history.nbytes
+    return 2 * task.assembly.nbytes + older  # rows come in float32, if not wider
 
 
 def _name(task: Task) -> str:
