@@ -32,7 +32,7 @@ def memory(assembler: Assembler) -> int:
     return (
         len(assembler._open)
         + len(assembler._left)
-        + sum(map(len, assembler._seen.values()))
+        + sum(len(steps) for of in assembler._seen.values() for steps in of.values())
     )
 
 

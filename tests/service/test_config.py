@@ -59,6 +59,7 @@ def test_defaults():
         "assembly_timeout_s": 10.0,
         "max_sessions": 64,
         "max_layers": 4096,
+        "max_rank_layers": 4_000_000,
         "max_snapshot_bytes": 4 * 1024**3,
         "max_session_bytes": 8 * 1024**3,
         "max_waiting": 1_000_000,

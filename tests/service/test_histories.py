@@ -223,7 +223,7 @@ WRONG = {
     "updates": (with_layer(0, updates=0), "1 of derivatives for 0 updates"),
     "two moments": (
         with_layer(0, activations=TWO, derivatives=TWO),
-        "has 2 moments a side; an ema has one",
+        "has 2 moments a side; 'ema' has at most 1",
     ),
     "form": (with_moment(0, "activations", form="diagonal"), "in the form 'diagonal'"),
     "diagonal G": (with_moment(2, "derivatives", form="diagonal"), "derivatives in th"),
@@ -253,6 +253,14 @@ WRONG = {
     "weight nan": (with_moment(0, "derivatives", weight=math.nan), "of weight nan"),
     "dropped": (with_moment(0, "activations", dropped=-1.0), "dropped trace of -1.0"),
     "dropped inf": (with_moment(0, "derivatives", dropped=math.inf), "trace of inf"),
+    "no rows": (
+        with_moment(0, "activations", tensor=ROWS[:0].clone()),
+        r"of shape \(0, 9\) in the form 'rows'; d is 9",
+    ),
+    "below 0": (
+        with_moment(2, "activations", tensor=torch.eye(11)[:1] - 0.5),
+        "layer index 2 has negative entries in a diagonal; nothing was imported",
+    ),
     "nan": (
         with_moment(1, "activations", tensor=GROUPS * math.nan),
         "layer index 1 has NaN or infinite entries; nothing was imported",
@@ -281,6 +289,15 @@ def test_a_state_that_does_not_fit_is_refused(harness, state, message):
 
     assert harness.engine.export_state(session_id).layers == ()
     harness.engine.import_state(session_id, state_after(EMA, 2))
+
+
+def test_a_window_has_no_more_updates_than_may_be_asked_for(harness, monkeypatch):
+    monkeypatch.setattr("skfac.service.histories.MAX_WINDOW", 2)
+
+    harness.engine.import_state(harness.open(WINDOW), state_after(WINDOW, 2))
+    other = replace(WINDOW, job="other")
+    with pytest.raises(InvalidRequestError, match="3 moments a side; 'window' has at"):
+        harness.engine.import_state(harness.open(other), state_after(WINDOW, 3))
 
 
 def test_a_session_without_histories_takes_none(harness):

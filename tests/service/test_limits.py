@@ -5,7 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from skfac.wire.errors import InvalidRequestError, LimitExceededError
+from skfac.service.session import first_bad_rows
+from skfac.wire.errors import (
+    InvalidRequestError,
+    LimitExceededError,
+    SessionMismatchError,
+)
 from skfac.wire.outcome import Version
 from skfac.wire.session import SessionSpec
 from skfac.wire.state import LayerState, SessionState
@@ -31,7 +36,7 @@ def full_bytes(spec: SessionSpec, *, rows: int, rank: int | None, window: int) -
             kept = min(rank or dim if ema else rows, dim)
             updates = window if spec.history == "window" else 1
             kept = 1 if diagonal else kept
-            total += 8 * updates * layer.groups * kept * dim
+            total += updates * (8 * layer.groups * kept * dim + 1024)
     return total
 
 
@@ -64,7 +69,7 @@ def test_histories_grow_to_what_was_checked_and_no_further(spec, count, rank):
     ],
 )
 def test_the_way_out_of_the_limit_is_one(spec, way_out, smaller):
-    with Harness(max_history_bytes=2000) as harness:
+    with Harness(max_history_bytes=8000) as harness:
         session_id = harness.open(spec)
         with pytest.raises(LimitExceededError, match=way_out):
             harness.engine.admit(session_id, snapshot(spec, 0).header)
@@ -84,6 +89,41 @@ def test_the_rows_of_all_ranks_count():
             harness.engine.admit(
                 session_id, snapshot(spec, 1, count=2, window=2).header
             )
+
+
+def test_ranks_times_layers_are_bounded():
+    with Harness(max_rank_layers=6) as harness:
+        harness.open(replace(EMA, world_size=2))
+        with pytest.raises(
+            LimitExceededError,
+            match=r"Job 'more' declares 3 layers on 3 ranks; max_rank_layers = 6\.",
+        ):
+            harness.open(replace(EMA, job="more", world_size=3))
+        assert harness.jobs() == ["job"]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_what_comes_while_numbers_are_looked_at_counts(monkeypatch, same):
+    spec = session_spec(world_size=2)  # whose rows wait for the other rank
+    first, second = snapshot(spec, 0), snapshot(spec, 0 if same else 1)
+    others = [second]
+    with Harness(max_session_bytes=sum(t.nbytes for t in first.tensors)) as harness:
+        session_id = harness.open(spec)
+
+        def look(sent):
+            if others:
+                assert harness.engine.submit(session_id, others.pop())
+            return first_bad_rows(sent)
+
+        monkeypatch.setattr("skfac.service.local_engine.first_bad_rows", look)
+        if same:
+            assert not harness.engine.submit(session_id, first)
+        else:
+            with pytest.raises(SessionMismatchError, match="must not go backwards"):
+                harness.engine.submit(session_id, first)
+            others = [replace(first, rank=1)]
+            with pytest.raises(LimitExceededError, match="over max_session_bytes"):
+                harness.engine.submit(session_id, snapshot(spec, 2))
 
 
 def test_layers_that_are_not_in_a_snapshot_count():

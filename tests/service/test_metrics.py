@@ -1,14 +1,17 @@
 """What an engine counts and times, read as Prometheus reads it."""
 
+import threading
 from dataclasses import replace
 
 import pytest
 from prometheus_client import generate_latest
 
 from skfac.service.metrics import CLOSED_KEPT, Metrics
+from skfac.service.solver import Solver
 from skfac.wire.errors import InvalidRequestError
 from skfac.wire.report import StepReport
 from tests.support.values import (
+    PATIENCE_S,
     Harness,
     layer_spec,
     session_spec,
@@ -36,6 +39,31 @@ def test_nothing_is_counted_before_work():
     assert value(metrics, "skfac_queue_depth") == 0
     assert value(metrics, "skfac_receive_seconds_count") == 0
     assert value(metrics, "skfac_outcomes_total", session="job") is None
+
+
+def test_what_waits_shows_while_the_solver_is_at_work(harness, monkeypatch):
+    entered, opened, solve = threading.Event(), threading.Event(), Solver.solve
+
+    def wait(self, batch):
+        entered.set()
+        assert opened.wait(PATIENCE_S)
+        return solve(self, batch)
+
+    monkeypatch.setattr(Solver, "solve", wait)
+    one = session_spec(lag=9)
+    session_id = harness.open(one)
+    try:
+        harness.engine.submit(session_id, snapshot(one, 0))
+        assert entered.wait(PATIENCE_S)
+        assert value(harness.metrics, "skfac_queue_depth") == 0
+        other = harness.open(session_spec(job="other"))
+        harness.engine.submit(session_id, snapshot(one, 1))
+        harness.engine.submit(other, snapshot(one, 1))
+        assert value(harness.metrics, "skfac_queue_depth") == 2
+        harness.engine.close_session(other, 0)
+        assert value(harness.metrics, "skfac_queue_depth") == 1
+    finally:
+        opened.set()
 
 
 def test_a_trainer_that_stalls_shows_between_its_snapshots(harness):
@@ -186,7 +214,7 @@ def test_a_closed_session_has_no_history(harness, how):
     else:
         harness.open(replace(spec, instance="run 2"))
 
-    assert nbytes == (3 * 3 + 2 * 2) * 8
+    assert nbytes == (3 * 3 + 2 * 2) * 8 + 2 * 1024
     assert value(harness.metrics, "skfac_history_bytes", **labels) == 0
 
 

@@ -1,13 +1,16 @@
 """Histories outlive a restart of their server on a volume, or it is said why not."""
 
+import errno
 import mmap
 import os
 import signal
 import subprocess
 from contextlib import closing, contextmanager
+from pathlib import Path
 
 import pytest
 
+from skfac.service.local_engine import LocalEngine
 from skfac.service.metrics import Metrics
 from skfac.service.state_volume import StateVolume
 from tests.support.raw_client import RawClient, snapshot_of, spec_of
@@ -105,6 +108,73 @@ def test_a_damaged_file_is_dropped_by_name(tmp_path, caplog):
         assert volume.claim(SPEC).layers == ()
     assert str(path) in caplog.text
     assert count(metrics, "unreadable") == 1
+
+
+def test_a_file_that_cannot_be_removed_costs_nothing(tmp_path, monkeypatch, caplog):
+    filled(tmp_path)
+    (path,) = tmp_path.glob("*.safetensors")
+
+    def read_only(self, missing_ok=False):
+        raise OSError(errno.EROFS, "Read-only file system", str(self))
+
+    monkeypatch.setattr(Path, "unlink", read_only)
+    with (
+        serving(state_dir=str(tmp_path)) as server,
+        RawClient(server.address, SPEC) as client,
+    ):
+        assert client.export_state().layers
+        shown = server._engine.status().sessions[0].history_bytes
+        labels = {"session": "job"}
+        sample = server.metrics.registry.get_sample_value
+        assert sample("skfac_history_bytes", labels) == shown > 0
+    assert f"{path} cannot be removed" in caplog.text
+
+
+def test_a_file_that_cannot_be_read_now_is_kept(tmp_path, monkeypatch, caplog):
+    filled(tmp_path)
+    (path,) = tmp_path.glob("*.safetensors")
+    metrics = Metrics()
+
+    def fail(*_, **__):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("skfac.service.state_volume.safe_open", fail)
+        with closing(StateVolume(tmp_path, 60.0, metrics)) as volume:
+            assert volume.claim(SPEC).layers == ()
+    assert f"{path} cannot be read: [Errno 24]" in caplog.text
+    assert count(metrics, "unreadable") == 1
+    with closing(StateVolume(tmp_path, 60.0, metrics)) as volume:
+        assert volume.claim(SPEC).layers
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_one_job_costs_no_other_its_histories(tmp_path, monkeypatch, caplog, fails):
+    other, export = spec_of("other", history="ema"), LocalEngine.export_state
+
+    def leave_or_fail(self, session_id):
+        monkeypatch.undo()
+        if fails:
+            raise RuntimeError("no memory")
+        self.close_session(session_id, 0)
+        return export(self, session_id)
+
+    with (
+        serving(state_dir=str(tmp_path)) as server,
+        RawClient(server.address, SPEC) as first,
+        RawClient(server.address, other) as second,
+    ):
+        first.versions_of(0, **SETTINGS)
+        second.versions_of(0, **SETTINGS)
+        monkeypatch.setattr(LocalEngine, "export_state", leave_or_fail)
+        server.close()
+        assert not server._engine._thread.is_alive()
+
+    assert server.unsaved == fails
+    assert ("The histories of job 'job' are lost" in caplog.text) is fails
+    with closing(StateVolume(tmp_path, 60.0, Metrics())) as volume:
+        assert not volume.claim(SPEC).layers
+        assert volume.claim(other).layers
 
 
 def test_a_directory_that_cannot_be_used_is_said_at_the_start(tmp_path):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from skfac.curvature.factor import Form, Moment
+from skfac.curvature.factor import MOMENT_BYTES, Form, Moment
 from skfac.curvature.history import LayerHistory
 from skfac.curvature.settings import History
 from skfac.wire.snapshot import TensorHeader
@@ -42,8 +42,8 @@ class LayerStateHeader:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors)
+        """Bytes that the history takes; see `LayerHistory.nbytes`."""
+        return sum(tensor.nbytes + MOMENT_BYTES for tensor in self.tensors)
 
 
 @dataclass(frozen=True, eq=False)

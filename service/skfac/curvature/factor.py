@@ -31,6 +31,9 @@ from skfac.curvature.stacks import in_stacks, read_numbers
 
 Form = Literal["rows", "dense", "diagonal"]
 
+MOMENT_BYTES = 1024
+"""What a moment takes besides its numbers, about: many small ones are not free."""
+
 
 @dataclass(frozen=True, eq=False)
 class Moment:

@@ -25,7 +25,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from skfac.curvature.damping import DampingSplit
-from skfac.curvature.factor import Moment, add_moments, look_at, moments_of
+from skfac.curvature.factor import (
+    MOMENT_BYTES,
+    Moment,
+    add_moments,
+    look_at,
+    moments_of,
+)
 from skfac.curvature.layer import LayerPreconditioner, precondition_moments
 from skfac.curvature.settings import CurvatureSettings, History
 
@@ -79,9 +85,9 @@ class LayerHistory:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all its tensors."""
+        """Bytes that it takes: of all tensors, and 1 KiB for each."""
         moments = self.activations + self.derivatives
-        return sum(moment.tensor.nbytes for moment in moments)
+        return sum(moment.tensor.nbytes + MOMENT_BYTES for moment in moments)
 
     def fold(
         self,

@@ -1,6 +1,5 @@
 """Collects the rows of all ranks for each (layer, step) of one session."""
 
-from collections import deque
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -71,7 +70,8 @@ class Assembler:
         self._spec = spec
         self._timeout_s = timeout_s
         self._open: dict[tuple[int, int], Assembly] = {}
-        self._seen: dict[tuple[int, int], deque[int]] = {}  # (rank, layer) -> steps
+        self._seen: dict[int, dict[int, tuple[int, ...]]] = {}  # rank -> layer -> steps
+        self._length = spec.versions_in_flight + 1
         self.waiting = 0
         self._left: dict[int, int] = {}  # layer -> newest step that was handed on
 
@@ -101,7 +101,7 @@ class Assembler:
         """
         new = [rows for rows in header.layers if self._is_new(header, rows.layer)]
         for rows in new:
-            steps = self._seen.get((header.rank, rows.layer))
+            steps = self._steps(header.rank, rows.layer)
             if steps and header.step < steps[-1]:
                 name = self._spec.layers[rows.layer].name
                 raise SessionMismatchError(
@@ -145,12 +145,15 @@ class Assembler:
         return [self._hand_on(a) for a in sorted(over, key=lambda a: (a.step, a.layer))]
 
     def _is_new(self, header: SnapshotHeader | Snapshot, layer: int) -> bool:
-        return header.step not in self._seen.get((header.rank, layer), ())
+        return header.step not in self._steps(header.rank, layer)
+
+    def _steps(self, rank: int, layer: int) -> tuple[int, ...]:
+        return self._seen.get(rank, {}).get(layer, ())
 
     def _remember(self, rank: int, layer: int, step: int) -> None:
         # As many as a client may send again after a broken stream.
-        length = self._spec.versions_in_flight + 1
-        self._seen.setdefault((rank, layer), deque(maxlen=length)).append(step)
+        steps = (*self._steps(rank, layer), step)
+        self._seen.setdefault(rank, {})[layer] = steps[-self._length :]
 
     def _hand_on(self, assembly: Assembly) -> Assembly:
         del self._open[assembly.layer, assembly.step]

@@ -34,6 +34,8 @@ class EngineConfig(BaseModel):
             the first are in; after that it is solved with those that came.
         max_sessions: Sessions at once.
         max_layers: Layers of one session.
+        max_rank_layers: Ranks times layers of one session: which steps have come is
+            remembered of each, in about 300 bytes.
         max_snapshot_bytes: Payload of one snapshot.
         max_session_bytes: Rows of one session that are not solved yet.
         max_waiting: Their number, one for each layer, rank and step, whatever their
@@ -41,7 +43,8 @@ class EngineConfig(BaseModel):
         max_history_bytes: What the histories of one session may take, besides those
             rows, once they are full: with `history="ema"` for each layer and side
             8 · groups · d · min(d, rank), with `"window"`
-            8 · groups · d · min(d, rows) for each update of the window.
+            8 · groups · d · min(d, rows) for each update of the window, and 1 KiB for
+            each of these.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,6 +54,7 @@ class EngineConfig(BaseModel):
     assembly_timeout_s: Seconds = 10.0
     max_sessions: Count = 64
     max_layers: Count = 4096
+    max_rank_layers: Count = 4_000_000
     max_snapshot_bytes: Count = 4 * GiB
     max_session_bytes: Count = 8 * GiB
     max_waiting: Count = 1_000_000

@@ -2,6 +2,7 @@
 
 import math
 
+from skfac.curvature.factor import MOMENT_BYTES
 from skfac.curvature.finite import all_finite
 from skfac.curvature.history import LayerHistory
 from skfac.curvature.settings import CurvatureSettings
@@ -11,7 +12,7 @@ from skfac.wire.errors import (
     SessionMismatchError,
 )
 from skfac.wire.messages import DTYPES
-from skfac.wire.session import LayerSpec, SessionSpec
+from skfac.wire.session import MAX_WINDOW, LayerSpec, SessionSpec
 from skfac.wire.snapshot import SnapshotHeader
 from skfac.wire.state import LayerState, LayerStateHeader, MomentHeader, SessionState
 
@@ -22,13 +23,20 @@ def check_finite(state: SessionState) -> None:
     """Check the numbers of a state.
 
     Raises:
-        InvalidRequestError: If any is NaN or infinite.
+        InvalidRequestError: If any is NaN or infinite, or negative in a diagonal.
     """
     for layer in state.layers:
+        problem = None
         if not all(map(all_finite, layer.tensors)):
+            problem = "NaN or infinite entries"
+        elif layer.history.diagonal and any(
+            bool((moment.tensor < 0).any()) for moment in layer.history.activations
+        ):
+            problem = "negative entries in a diagonal"
+        if problem is not None:
             raise InvalidRequestError(
-                f"The history of layer index {layer.layer} has NaN or infinite "
-                "entries; nothing was imported."
+                f"The history of layer index {layer.layer} has {problem}; nothing was "
+                "imported."
             )
 
 
@@ -181,7 +189,8 @@ class Histories:
             else:
                 rows = min(dim, count)
             updates = settings.window if self._spec.history == "window" else 1
-            total += _ITEM_BYTES * updates * layer.groups * rows * dim
+            moment_bytes = _ITEM_BYTES * layer.groups * rows * dim
+            total += updates * (moment_bytes + MOMENT_BYTES)
         return total
 
 
@@ -200,8 +209,9 @@ def _first_problem(
             f"has {counts[0]} moments of activations and {counts[1]} of derivatives "
             f"for {header.updates} updates"
         )
-    if spec.history == "ema" and counts[0] > 1:
-        return f"has {counts[0]} moments a side; an ema has one"
+    most = 1 if spec.history == "ema" else MAX_WINDOW
+    if counts[0] > most:
+        return f"has {counts[0]} moments a side; {spec.history!r} has at most {most}"
     for moment in header.activations:
         problem = _moment_problem(moment, layer, layer.d_in, diagonal=layer.diagonal)
         if problem is not None:
@@ -224,7 +234,7 @@ def _moment_problem(
     rows = {"dense": dim, "diagonal": 1}.get(moment.form)
     if rows is None:
         rows = shape[-2] if len(shape) >= 2 else 0
-    if shape != (*layer.block_shape, rows, dim):
+    if not rows or shape != (*layer.block_shape, rows, dim):
         return f"of shape {shape} in the form {moment.form!r}; d is {dim}"
     if not (moment.weight > 0 and math.isfinite(moment.weight)):
         return f"of weight {moment.weight}; it must be positive and finite"

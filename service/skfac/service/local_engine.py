@@ -88,6 +88,7 @@ class LocalEngine:
             if session is None:
                 session = self._sessions.open(spec, self._clock())
                 self._metrics.open_session(spec.job)
+                self._monitor.remembers(session)
                 self._monitor.sessions_changed(len(self._sessions))
             session.open_ranks.add(rank)
             session.last_seen_s = self._clock()
@@ -106,20 +107,7 @@ class LocalEngine:
             ServiceError: As `Engine.admit` lists them.
         """
         with self._changed:
-            session = self._touch(session_id, header)
-            try:
-                session.check(header)
-                wanted = session.assembler.wants(header)
-                if wanted:
-                    session.check_quota(
-                        header,
-                        self._scheduler.nbytes(session_id),
-                        self._scheduler.parts(session_id),
-                    )
-            except ServiceError as error:
-                self._monitor.refused(session, error)
-                raise
-            return wanted
+            return self._wants(self._touch(session_id, header), header)
 
     def submit(self, session_id: str, snapshot: Snapshot) -> bool:
         """Take the rows of a snapshot; they must not change afterwards.
@@ -144,6 +132,8 @@ class LocalEngine:
                 )
                 self._monitor.refused(session, error)
                 raise error
+            if not self._wants(session, snapshot.header):  # others came meanwhile
+                return False
             nbytes = sum(tensor.nbytes for tensor in snapshot.tensors)
             self._metrics.received_bytes.labels(session.spec.job).inc(nbytes)
             session.newest_step = max(session.newest_step, snapshot.step)
@@ -225,7 +215,7 @@ class LocalEngine:
         with self._changed:
             session = self._touch(session_id)
             session.histories.replace(loaded)
-            self._show_history(session)
+            self._monitor.remembers(session)
         logger.info(
             "Job %r: imported %d histories.", session.spec.job, len(loaded.layers)
         )
@@ -303,6 +293,19 @@ class LocalEngine:
             self._changed.notify_all()
         return True
 
+    def _wants(self, session: Session, header: SnapshotHeader) -> bool:
+        try:
+            session.check(header)
+            if not session.assembler.wants(header):
+                return False
+            queued_bytes = self._scheduler.nbytes(session.session_id)
+            parts = self._scheduler.parts(session.session_id)
+            session.check_quota(header, queued_bytes, parts)
+        except ServiceError as error:
+            self._monitor.refused(session, error)
+            raise
+        return True
+
     def _next_batch(self) -> list[Task]:
         with self._changed:
             while not self._closed:
@@ -351,7 +354,7 @@ class LocalEngine:
         if solution.history is not None:
             layer, step = task.assembly.layer, task.assembly.step
             session.histories.store(layer, step, solution.history)
-            self._show_history(session)
+            self._monitor.remembers(session)
         self._monitor.published(session, task, solution, began_s)
         self._record(session, solution.outcome)
 
@@ -362,6 +365,7 @@ class LocalEngine:
             layer, step = old.assembly.layer, old.assembly.step
             text = f"Step {assembly.step} came before step {step} was solved."
             self._record(session, Loss(layer, step, "superseded", text))
+        self._monitor.queued(len(self._scheduler))
 
     def _record(self, session: Session, outcome: Outcome) -> None:
         self._monitor.recorded(session, outcome)
@@ -372,16 +376,13 @@ class LocalEngine:
             oldest_s = self._scheduler.oldest_s
             return 0.0 if oldest_s is None else self._clock() - oldest_s
 
-    def _show_history(self, session: Session) -> None:
-        nbytes = session.histories.nbytes
-        self._metrics.history_bytes.labels(session.spec.job).set(nbytes)
-
     def _close_session(self, session: Session, why: str) -> None:
         self._sessions.close(session, SessionNotFoundError(why))
         self._forget(session)
 
     def _forget(self, session: Session) -> None:
         self._scheduler.drop_session(session.session_id)
+        self._monitor.queued(len(self._scheduler))
         self._metrics.close_session(session.spec.job)
         self._monitor.sessions_changed(len(self._sessions))
         self._changed.notify_all()

@@ -72,7 +72,7 @@ def serve(
     metrics_address, status_page, metrics_exemplars, insecure_remote, device,
     max_streams, idle_s, grace_s, state_dir, health_address, tls_certificate, tls_key,
     tls_client_ca, access_file, insecure_metrics, log_level, log_format, lease_s,
-    assembly_timeout_s, max_sessions, max_layers, max_snapshot_bytes,
+    assembly_timeout_s, max_sessions, max_layers, max_rank_layers, max_snapshot_bytes,
     max_session_bytes, max_waiting, max_history_bytes.
 
     Example: skfac serve --address 127.0.0.1:50051 --set lease_s=120

@@ -40,9 +40,18 @@ class Monitor:
         """Say how many sessions are open."""
         self._metrics.sessions.set(count)
 
+    def queued(self, count: int) -> None:
+        """Say how many (layer, step)s wait for the solver."""
+        self._metrics.queue_depth.set(count)
+
+    def remembers(self, session: Session) -> None:
+        """Say what the histories of a session take now."""
+        nbytes = session.histories.nbytes
+        self._metrics.history_bytes.labels(session.spec.job).set(nbytes)
+
     def took(self, batch: Sequence[Task], waiting: int) -> None:
         """Say that a batch, if it is not empty, goes to the solver."""
-        self._metrics.queue_depth.set(waiting)
+        self.queued(waiting)
         if batch:
             self._metrics.batch_size.observe(len(batch))
             self._busy.set(self._clock(), busy=True)

@@ -24,6 +24,7 @@ from skfac.service.status_page import StatusPage
 from skfac.service.web import WebServer
 from skfac.v1 import preconditioning_pb2 as pb
 from skfac.wire.channel import SERVER_OPTIONS, SERVICE
+from skfac.wire.errors import SessionNotFoundError
 from skfac.wire.shared_memory import MAX_SNAPSHOTS
 from skfac.wire.state import SessionState
 
@@ -121,12 +122,28 @@ class Server:
                 "Snapshots are left unsolved after grace_s = %g s.",
                 self._config.grace_s,
             )
-        if self._volume is not None:
-            sessions = self._engine.open_sessions
-            self.unsaved = self._volume.save(
-                [(s.spec, self._engine.export_state(s.session_id)) for s in sessions]
-            )
-            self._volume.close()
+        try:
+            if self._volume is not None:
+                self._save(self._volume)
+        finally:
+            self._stop(ends_s)
+
+    def _save(self, volume: StateVolume) -> None:
+        states = []
+        for session in self._engine.open_sessions:
+            try:
+                state = self._engine.export_state(session.session_id)
+            except SessionNotFoundError:
+                continue  # its trainer left just now: the run is over
+            except Exception:  # a job must not cost the others
+                logger.exception("The histories of job %r are lost.", session.spec.job)
+                self.unsaved += 1
+                continue
+            states.append((session.spec, state))
+        self.unsaved += volume.save(states)
+        volume.close()
+
+    def _stop(self, ends_s: float) -> None:
         self._engine.close()
         # Streams end by themselves now; this is for those whose client does not read.
         self._grpc.stop(max(ends_s - time.monotonic(), _LAST_WORDS_S)).wait()

@@ -101,7 +101,7 @@ class Sessions:
             InvalidRequestError: If `rank` is outside the world.
             SessionMismatchError: If the job's session has another specification, or a
                 newer run of the job has replaced this one.
-            LimitExceededError: If there are too many sessions or layers.
+            LimitExceededError: If there are too many sessions, ranks or layers.
         """
         spec.check_rank(rank)
         if (spec.job, spec.instance) in self._replaced:
@@ -111,6 +111,11 @@ class Sessions:
             )
         whose, count = f"Job {spec.job!r} declares", len(spec.layers)
         check_layers(whose, count, self._config.max_layers)
+        if spec.world_size * count > self._config.max_rank_layers:
+            raise LimitExceededError(
+                f"{whose} {count} layers on {spec.world_size} ranks; max_rank_layers = "
+                f"{self._config.max_rank_layers}."
+            )
         session = self.of_job(spec.job)
         if session is None and len(self._by_id) >= self._config.max_sessions:
             raise LimitExceededError(
@@ -132,8 +137,8 @@ class Sessions:
             The new session.
         """
         session = Session(secrets.token_hex(16), spec, self._config, now_s)
+        self._restore(session)  # before anybody can find it: it may fail
         self._by_id[session.session_id] = session
-        self._restore(session)
         logger.info("Job %r opened: %d layers.", spec.job, len(spec.layers))
         return session
 

@@ -165,7 +165,10 @@ class StateVolume:
             manifest = parse(pb.StateManifest, _data(metadata["manifest"]))
             decoded = decode_session(spec)
             self._saved[decoded.job] = decoded, state_of_manifest(manifest, tensors)
-        except (OSError, SafetensorError, ServiceError, KeyError, ValueError) as error:
+        except OSError as error:  # which says nothing about the file
+            logger.error("The saved histories %s cannot be read: %s", path, error)
+            self._results.labels("unreadable").inc()
+        except (SafetensorError, ServiceError, KeyError, ValueError) as error:
             logger.error("The saved histories %s are dropped: %s", path, error)
             self._results.labels("unreadable").inc()
             path.unlink(missing_ok=True)
@@ -180,7 +183,13 @@ class StateVolume:
             self._remove(job)
 
     def _remove(self, job: str) -> None:
-        self._path(job).unlink(missing_ok=True)
+        path = self._path(job)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:  # a volume that fails must not cost a training
+            logger.error(
+                "%s cannot be removed, and may be old one day: %s", path, error
+            )
 
 
 def _sync(path: Path) -> None:
