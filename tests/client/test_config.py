@@ -173,14 +173,14 @@ def test_targets(target):
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("dns:///skfac:50051", "not built yet"),
+        ("dns:///skfac:50051", "is not a target"),
         ("ray://a", "is not ray://namespace/pool"),
         ("ray://127.0.0.1:10001", "is not ray://namespace/pool"),
-        (3, "not built yet"),
-        (["a:1", "b:1"], "not built yet"),
+        (3, "3 is not a target"),
+        (["a:1", "b:1"], "is not a target"),
         ("localhost", "is not a target"),
-        ("localhost:0", "is not a target"),
-        ("localhost:99999", "is not a target"),
+        ("localhost:0", "needs a port from 1 to 65535"),
+        ("localhost:99999", "needs a port from 1 to 65535"),
         ("localhost:port", "is not a target"),
         (":5", "is not a target"),
         ("unix:relative", "absolute path"),
@@ -189,3 +189,9 @@ def test_targets(target):
 def test_other_targets_are_refused_with_the_way_out(target, message):
     with pytest.raises(ConfigurationError, match=rf"{message}.*'host:port'"):
         check_target(target)
+
+
+@pytest.mark.parametrize("job", [5, "", b"x"])
+def test_a_job_has_a_name(job):
+    with pytest.raises(ConfigurationError, match="job must be a name, or None"):
+        PreconditionerConfig.of({"job": job})

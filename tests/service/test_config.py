@@ -16,7 +16,7 @@ LOCAL = [
     "[::1]:50051",
     "localhost:50051",
     "unix:/run/skfac.sock",
-    "unix:skfac.sock",
+    "unix:/run/skfac.sock",
 ]
 TLS = {"tls_certificate": "c", "tls_key": "k"}
 REMOTE = [
@@ -240,7 +240,7 @@ def test_metrics_are_opened_on_their_own():
         ({"tls_certificate": "a"}, "set both"),
         ({"tls_key": "a"}, "set both"),
         ({"tls_client_ca": "a"}, "needs tls_certificate"),
-        ({"health_address": "127.0.0.1"}, "health_address must end with a port"),
+        ({"health_address": "127.0.0.1"}, "health_address must be host:port"),
         ({"log_format": "xml"}, "log_format"),
     ],
 )
@@ -252,12 +252,12 @@ def test_half_of_tls_is_refused(given, message):
 @pytest.mark.parametrize("name", ["address", "metrics_address"])
 @pytest.mark.parametrize("value", ["127.0.0.1", "unix", "localhost:http", "[::1]:"])
 def test_addresses_have_ports(name, value):
-    with pytest.raises(ValidationError, match=f"{name} must end with a port"):
+    with pytest.raises(ValidationError, match=f"{name} must be host:port"):
         ServiceConfig.load(None, {name: value, "insecure_remote": "true"})
 
 
 def test_metrics_need_a_port_not_a_socket():
-    with pytest.raises(ValidationError, match="metrics_address must end with a port"):
+    with pytest.raises(ValidationError, match="metrics_address must be host:port"):
         ServiceConfig.load(None, {"metrics_address": "unix:/run/skfac.sock"})
 
 
@@ -302,3 +302,16 @@ def test_the_sample_file_shows_every_setting_with_its_default():
     assert read == ServiceConfig.load(None, {}).model_dump()
     shown = tomllib.loads(sample.read_text())
     assert shown.keys() == read.keys()
+
+
+@pytest.mark.parametrize("name", ["address", "metrics_address", "health_address"])
+@pytest.mark.parametrize("value", ["127.0.0.1:65536", "127.0.0.1:-1", "10.0.0.1", "x:"])
+def test_a_port_that_is_none_is_refused_before_anything_else(name, value):
+    with pytest.raises(ValidationError, match=f"{name} must be host:port with a port"):
+        ServiceConfig.load(None, {name: value})
+
+
+def test_a_socket_has_an_absolute_path():
+    with pytest.raises(ValidationError, match="address needs an absolute path"):
+        ServiceConfig.load(None, {"address": "unix:skfac.sock"})
+    assert ServiceConfig.load(None, {"address": "unix:///run/skfac.sock"})

@@ -146,3 +146,55 @@ def test_help_teaches():
     for text in ("SIGTERM", "SKFAC_", "lease_s", "Example: skfac serve"):
         assert text in serve
     assert "--refresh" in runner.invoke(app, ["top", "--help"]).output
+
+
+@pytest.mark.parametrize("command", ["status", "top"])
+def test_an_address_without_a_port_is_refused(command):
+    result = runner.invoke(app, [command, "127.0.0.1"])
+
+    assert result.exit_code == 2
+    assert "'127.0.0.1' has no port: use host:port or unix:/path." in result.output
+
+
+def refused(*arguments: str, **environment: str) -> str:
+    result = runner.invoke(app, ["serve", *arguments], env=environment)
+    assert result.exit_code == 2, result.output
+    return result.output
+
+
+def test_wrong_settings_are_told_in_plain_words(tmp_path):
+    file = tmp_path / "bad.toml"
+    file.write_text("lease_s = \n")
+
+    assert "There is no setting 'lease'; did you mean lease_s?" in refused(
+        "--set", "lease=3"
+    )
+    assert "There is no setting 'zzz'; `skfac serve --help`" in refused(
+        "--set", "zzz=3"
+    )
+    assert str(file) in refused("--config", str(file)).replace("\n", "")
+    said = refused(SKFAC_FOO="1")
+    assert "SKFAC_FOO is no setting of the server" in said
+    assert "Value error" not in said
+    assert "(got" not in said
+
+
+def test_help_of_serve_has_the_defaults():
+    output = runner.invoke(app, ["serve", "--help"]).output
+
+    for default in ("127.0.0.1:50051", "127.0.0.1:9464", "cpu"):
+        assert f"[default: ({default})]" in output
+
+
+def test_help_names_what_ray_needs():
+    assert "needs Ray." in runner.invoke(app, ["--help"]).output
+
+
+def test_a_busy_address_says_why_and_the_way_out(tmp_path):
+    with serving() as server:
+        said = refused("--address", server.address, "--metrics-address", "")
+    flat = " ".join(said.replace("│", " ").split())
+    assert "Address already in use. Choose another; port 0 picks a free one." in flat
+    missing = f"unix:{tmp_path}/missing/socket"
+    said = refused("--address", missing, "--metrics-address", "")
+    assert "No such file or directory." in " ".join(said.replace("│", " ").split())

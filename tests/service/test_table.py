@@ -4,6 +4,7 @@ import io
 
 import pytest
 from rich.console import Console
+from rich.screen import Screen
 
 from skfac.service.table import StatusView
 from skfac.v1 import preconditioning_pb2 as pb
@@ -104,6 +105,48 @@ def test_a_narrow_terminal_has_fewer_columns_and_whole_numbers(width):
         assert "1234" in text
         assert "2.50 s" in text
         assert "…" not in text
+
+
+def on_a_screen(view: StatusView, width: int, height: int) -> list[str]:
+    output = io.StringIO()
+    console = Console(file=output, width=width, height=height, force_terminal=True)
+    console.print(Screen(view))
+    return output.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("height", [15, 18, 24, 30])
+def test_a_screen_shows_layers_and_says_how_many_it_does_not(height):
+    told = status()
+    (session,) = told.sessions
+    session.layers.extend(
+        pb.LayerStatus(name=f"late{i}", newest_step=i, behind_steps=40 - i)
+        for i in range(30)
+    )
+
+    lines = on_a_screen(StatusView(told, height=height), 80, height)
+
+    assert len(lines) <= height
+    shown = sum("late" in line or "never" in line for line in lines)
+    (rest,) = [line for line in lines if "more: `skfac status` shows all" in line]
+    assert int(rest.split("and ")[1].split()[0]) == 33 - shown
+    assert shown >= 1
+    assert any("encoder.0" in line and "3/4" in line for line in lines)
+
+
+def test_a_large_screen_shows_everything():
+    lines = on_a_screen(StatusView(status(), height=60), 80, 60)
+
+    text = "\n".join(lines)
+    assert "where time goes" in text
+    assert "more: `skfac" not in text
+
+
+def test_a_job_has_one_line_in_a_pipe():
+    told = status("resnet50-imagenet-run-7")
+
+    (row,) = rows_with(printed(StatusView(told), 80), "3/4")
+
+    assert row[0] == "resnet50-imagenet-run-7"
 
 
 def test_a_warning_comes_first():

@@ -1,5 +1,6 @@
 """Turns the gradients of a model into preconditioned ones, inside a trust region."""
 
+import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from skfac.curvature.stacks import numbers_on
 from skfac.curvature.tensors import in_dtype, on_device
 from skfac.curvature.trust import Trust, graft_scale, kl_scale
 from skfac.wire.outcome import Version
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +74,7 @@ class Apply:
         self._not_finite: Tensor | None = None
         self._rates: tuple[list[float | Tensor], Tensor] | None = None
         self._stacks = Stacks(layers, ready)
+        self._said = False
         self.prediction: Prediction | None = None
 
     @property
@@ -111,6 +115,7 @@ class Apply:
         with phase("apply"):
             directions = self._directions(versions, loss_scale)
         if not directions:
+            self._say_nothing_there()
             return
         with phase("trust"):
             clip = kl_clip if trust == "kl" else None
@@ -120,6 +125,14 @@ class Apply:
             else:
                 factors = [Factor(self.prediction.scale)] * len(directions)
             write(zip(directions, factors, strict=True))
+
+    def _say_nothing_there(self) -> None:
+        if not self._said and all(layer.weight.grad is None for layer in self._layers):
+            self._said = True
+            logger.warning(
+                "step() found no gradients: call it after backward(), before "
+                "optimizer.step() and zero_grad()."
+            )
 
     def _directions(
         self, versions: Sequence[Version | None], loss_scale: float | Tensor

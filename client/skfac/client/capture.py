@@ -171,7 +171,7 @@ class Capture:
         settings = self._config.curvature_at(step)
         for layer in self._layers:
             layer.check_parameters()
-        copies = {}
+        copies, found = {}, False
         for (index, layer), calls in zip(
             enumerate(self._layers), self._calls, strict=True
         ):
@@ -182,6 +182,13 @@ class Capture:
                 self._staging[device] = Staging(device)
             copies[index] = self._staging[device].to_host(rows)
             calls.clear()
+            found = found or rows[1].shape[-2] > 0
+        if not found:
+            self._say_once(
+                "No layer had rows at step %d: was the model in eval() mode, or step() "
+                "called before backward()?",
+                step,
+            )
         return PendingSnapshot(self._rank, step, settings, copies)
 
     def close(self) -> None:
@@ -310,9 +317,13 @@ class Capture:
 
     def _say_unsupported(self, name: str, error: ValueError) -> None:
         # Its rows are missing then: the layer keeps the version that it has.
-        level = logging.DEBUG if name in self._said else logging.WARNING
-        self._said.add(name)
-        logger.log(level, "Layer %r gives no rows: %s", name, error)
+        self._say_once("Layer %r gives no rows: %s", name, error)
+
+    def _say_once(self, text: str, what: object, *others: object) -> None:
+        key = what if isinstance(what, str) else text
+        level = logging.DEBUG if key in self._said else logging.WARNING
+        self._said.add(key)
+        logger.log(level, text, what, *others)
 
     def _derivative_scale(self, batch: int, device: torch.device) -> float | Tensor:
         # Autograd's derivatives are of the mean over this forward's batch, divided by

@@ -141,6 +141,10 @@ class PreconditionerConfig:
             value = getattr(self, name)
             if value not in choices.built:
                 raise ConfigurationError(_not_built(name, value, choices))
+        if not (self.job is None or (isinstance(self.job, str) and self.job)):
+            raise ConfigurationError(
+                f"job must be a name, or None for one that is made up: {self.job!r}."
+            )
         if not isinstance(self.credentials, Credentials | None):
             kind = type(self.credentials).__name__  # not the value: it may be a token
             raise ConfigurationError(
@@ -282,13 +286,13 @@ def check_target(target: object) -> str:
         ConfigurationError: If it is none of these.
     """
     built = (
-        "This version of skfac takes 'embedded', 'host:port', 'unix:path', "
-        "'ray://namespace/pool' or handles of Ray actors."
+        "A target is 'embedded', 'host:port', 'unix:/path', 'dns:///name:port', "
+        "'ray://namespace/pool', the handle of a Ray actor, or a list of them."
     )
     if isinstance(target, ActorTarget):
         return target
     if not isinstance(target, str):
-        raise ConfigurationError(f"Targets like {target!r} are not built yet. {built}")
+        raise ConfigurationError(f"{target!r} is not a target. {built}")
     if target == "embedded":
         return target
     scheme, _, rest = target.partition(":")
@@ -302,11 +306,11 @@ def check_target(target: object) -> str:
         except ConfigurationError as error:
             raise ConfigurationError(f"{error} {built}") from None
         return target
-    if "://" in target:
-        raise ConfigurationError(f"Targets like {target!r} are not built yet. {built}")
     host, _, port = target.rpartition(":")
-    if not (host and port.isdigit() and 0 < int(port) < 65536):
+    if "://" in target or not (host and port.isdigit()):
         raise ConfigurationError(f"{target!r} is not a target. {built}")
+    if not 0 < int(port) < 65536:
+        raise ConfigurationError(f"{target!r} needs a port from 1 to 65535. {built}")
     return target
 
 

@@ -42,6 +42,10 @@ from skfac.wire.state_codec import StateReceiver, encode_state
 
 logger = logging.getLogger(__name__)
 
+_COUNTS = (
+    *("connects", "disconnects", "renewals", "denials", "sent_bytes", "received_bytes"),
+    *("shared_sent_bytes", "shared_received_bytes"),
+)
 _CALL_TIMEOUT_S = 10.0
 _STREAM_TIMEOUT_S = 3600.0  # then it is opened anew; nothing waits without an end
 _GOODBYE_TIMEOUT_S = 1.0
@@ -79,7 +83,7 @@ class GrpcTransport:
         self._calls: list[Any] = []
         self._connection: tuple[grpc.Channel, str] | None = None  # and the session
         self._shared: SharedLink | None = None  # of the connection
-        self._counts: Counter[str] = Counter()
+        self._counts: Counter[str] = Counter(dict.fromkeys(_COUNTS, 0))
         self._thread = threading.Thread(
             target=self._run, name="skfac-link", daemon=True
         )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from skfac.client.layers import TrackedLayer
+from skfac.wire.errors import ConfigurationError
 
 Body = Callable[[Tensor, Tensor], Tensor | None]
 """What a hook does with a layer's input and output; a tensor replaces the output."""
@@ -57,6 +58,11 @@ class ForwardHook:
         self._body = body
         self._wanted = wanted
 
+    @property
+    def is_at_work(self) -> bool:
+        """Whether it is not that of a copy of the model."""
+        return self._layer is not None
+
     def __reduce__(self) -> tuple[Any, ...]:
         return ForwardHook, (None, None, None)
 
@@ -102,6 +108,21 @@ class ForwardHook:
 
 # Only where a compiler looks: the wrapper costs as much as a small layer.
 _look_uncompiled = torch.compiler.disable(ForwardHook._look)  # type: ignore[no-untyped-call]
+
+
+def check_free(layers: Sequence[TrackedLayer]) -> None:
+    """Check that no other preconditioner is at work on layers.
+
+    Raises:
+        ConfigurationError: If one is.
+    """
+    for layer in layers:
+        hooks = (hook for one in layer.modules for hook in one._forward_hooks.values())
+        if any(isinstance(hook, ForwardHook) and hook.is_at_work for hook in hooks):
+            raise ConfigurationError(
+                f"Layer {layer.name!r} has another Preconditioner that is not closed: "
+                "call its close(), or use `with`."
+            )
 
 
 class HookedLayers:

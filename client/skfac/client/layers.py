@@ -148,6 +148,7 @@ def track_layers(
         ConfigurationError: If no layer is left, or one is sharded in a way that it
             cannot be preconditioned in.
     """
+    _check_trained(model, optimizer)
     sharded = FullySharded(model)
     groups = {
         id(parameter): group
@@ -225,6 +226,18 @@ def _track(
         return None
     shard = shard_of(weight, bias, geometry, fully_sharded=sharded.has(name))
     return TrackedLayer(name, tuple(modules), weight, bias, geometry, group, shard)
+
+
+def _check_trained(model: object, optimizer: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(f"model must be a module, got {type(model).__name__}.")
+    if not hasattr(optimizer, "param_groups"):
+        raise ConfigurationError(
+            f"optimizer must be one of torch's, got {type(optimizer).__name__}."
+        )
+    trained = {id(one) for group in optimizer.param_groups for one in group["params"]}
+    if not any(id(parameter) in trained for parameter in model.parameters()):
+        raise ConfigurationError("The optimizer has none of this model's parameters.")
 
 
 def _refused_text(refused: list[str]) -> str:

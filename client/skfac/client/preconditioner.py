@@ -16,6 +16,7 @@ from skfac.client.capture import Capture
 from skfac.client.checkpoint import from_state_dict, to_state_dict
 from skfac.client.config import PreconditionerConfig, check_targets
 from skfac.client.due import DueVersions
+from skfac.client.hooks import check_free
 from skfac.client.job import session_of
 from skfac.client.layers import track_layers
 from skfac.client.loss_scale import LossScale
@@ -32,11 +33,7 @@ from skfac.client.targets import Names, Target
 from skfac.client.transport import connect
 from skfac.client.world import check_ranks, world_of
 from skfac.curvature.layer import LayerPreconditioner
-from skfac.wire.errors import (
-    ConfigurationError,
-    ServerUnavailableError,
-    ServiceError,
-)
+from skfac.wire.errors import ConfigurationError, ServerUnavailableError, ServiceError
 from skfac.wire.state import SessionState
 
 logger = logging.getLogger(__name__)
@@ -75,8 +72,8 @@ class Preconditioner:
 
     Raises:
         ConfigurationError: If a setting is wrong, the model has no layer to
-            precondition or one that is sharded in a way that cannot be, or several
-            ranks have no server.
+            precondition, one that is sharded in a way that cannot be or that has a
+            preconditioner, or several ranks have no server.
         ServiceError: If the server refuses this trainer.
     """
 
@@ -95,6 +92,7 @@ class Preconditioner:
         check_targets(targets)
         check_ranks(world, targets, config.apply)
         self._layers = track_layers(model, optimizer, config.skip)
+        check_free(self._layers)
         check_shards(((one.name, one.shard) for one in self._layers), world, config)
         spec = session_of(config, world, self._layers)
         self._step = 0
@@ -271,9 +269,10 @@ class Preconditioner:
             next snapshot), `trust_scale` (ν of the latest step), `waited_s`, `versions`
             (counts by layer and version: `solved`, `superseded`, `failed`, `empty`,
             `refused`, `late`, ...; and of `waits`), `transport` (counts of connects,
-            disconnects and bytes), `servers` (by target: whether it is `connected`, how
-            many `layers` it has), `server_changes` (how often servers came or went),
-            `lookup_failures` (of names; the servers stay as they are then).
+            disconnects and bytes), `servers` (by target: whether it is `connected`,
+            which none is after `close`, and how many `layers` it has), `server_changes`
+            (how often servers came or went), `lookup_failures` (of names; the servers
+            stay as they are then).
         """
         prediction = self._apply.prediction
         return {

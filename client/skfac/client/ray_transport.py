@@ -40,11 +40,12 @@ try:
     import ray
     from ray.exceptions import ObjectStoreFullError, OutOfDiskError
 except ImportError as error:
-    text = "Targets of Ray need Ray: pip install 'skfac[ray]'."
+    text = "Targets of Ray need Ray: pip install '.[ray]' in a clone."
     raise ConfigurationError(text) from error
 
 logger = logging.getLogger(__name__)
 
+_COUNTS = "connects", "disconnects", "sent_bytes", "received_bytes", "direct_sent_bytes"
 _CALL_TIMEOUT_S = 10.0
 _PUSH_TIMEOUT_S = 90.0  # rows may have to come from another machine
 _POLL_S = 10.0  # of one call that waits for outcomes
@@ -78,7 +79,7 @@ class RayTransport:
         self._outbox = Outbox(spec.versions_in_flight)
         self._closed = threading.Event()
         self._session: tuple[_Actor, str] | None = None  # the actor and the session
-        self._counts: Counter[str] = Counter()
+        self._counts: Counter[str] = Counter(dict.fromkeys(_COUNTS, 0))
         self._direct, self._may_be_direct = False, True
         self._thread = threading.Thread(
             target=keep_connected,

@@ -81,9 +81,7 @@ class Names:
         if word or refusal:
             raise ConfigurationError(word or refusal)
         if not text:
-            raise ConfigurationError(
-                "target is an empty list: name at least one server."
-            )
+            raise ConfigurationError("target is empty: name at least one server.")
         here = {name: name for name in own}
         return tuple(here.get(name, name) for name in text.split("\n"))
 

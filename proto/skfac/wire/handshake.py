@@ -32,7 +32,8 @@ def why_unavailable(target: str, credentials: Credentials | None) -> str | None:
     if answer and answer != b"\x15":  # the beginning of a TLS alert
         return None
     return (
-        "The server does not talk to callers without TLS: give credentials a root_ca."
+        "The server does not talk to callers without TLS: give credentials a root_ca, "
+        "or the command --root-ca."
     )
 
 

@@ -13,7 +13,7 @@ from pydantic_settings import (
 )
 
 from skfac.service.logs import LogFormat
-from skfac.wire.addresses import is_local
+from skfac.wire.addresses import has_port, is_local
 
 MiB = 1024 * 1024
 GiB = 1024 * MiB
@@ -146,6 +146,22 @@ class ServiceConfig(EngineConfig, BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _addresses_have_ports(self) -> "ServiceConfig":
+        for name in ("address", "metrics_address", "health_address"):
+            value: str = getattr(self, name)
+            unix = value.startswith("unix:") and name == "address"
+            if unix and not value.removeprefix("unix:").startswith("/"):
+                raise ValueError(f"{name} needs an absolute path, got {value!r}")
+            optional = name != "address" and not value
+            port = not value.startswith("unix:") and has_port(value)
+            if not (unix or optional or port):
+                raise ValueError(
+                    f"{name} must be host:port with a port from 0 to 65535, got "
+                    f"{value!r}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _only_loopback_is_trusted(self) -> "ServiceConfig":
         known = bool(self.tls_client_ca or self.access_file)
         safe = self.insecure_remote or (bool(self.tls_certificate) and known)
@@ -164,16 +180,6 @@ class ServiceConfig(EngineConfig, BaseSettings):
                 "machines, and nothing is encrypted or authenticated: set "
                 "insecure_metrics or set insecure_remote to allow it"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _addresses_have_ports(self) -> "ServiceConfig":
-        for name in ("address", "metrics_address", "health_address"):
-            value: str = getattr(self, name)
-            unix = name == "address" and value.startswith("unix:")
-            optional = name != "address" and not value
-            if not (unix or optional or value.rpartition(":")[2].isdigit()):
-                raise ValueError(f"{name} must end with a port, got {value!r}")
         return self
 
     @model_validator(mode="after")

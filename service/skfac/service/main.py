@@ -1,11 +1,13 @@
 """The command line: `skfac serve`, `status`, `top`, `token` and `ray`."""
 
+import difflib
 import json
 import logging
 import os
 import secrets
 import signal
 import threading
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,7 @@ import grpc
 import typer
 from google.protobuf.json_format import MessageToDict
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from pydantic_settings import SettingsError
 from rich.console import Console
 from rich.live import Live
@@ -26,11 +29,13 @@ from skfac.service.ray_main import name_and_value, ray_app
 from skfac.service.table import StatusView
 from skfac.v1 import preconditioning_pb2 as pb
 from skfac.v1 import preconditioning_pb2_grpc as rpc
+from skfac.wire.addresses import has_port
 from skfac.wire.credentials import Credentials, open_channel
 from skfac.wire.errors import ConfigurationError
 from skfac.wire.handshake import why_unavailable
 
 _SIGNALS_SEEN_EVERY_S = 0.5
+_DEFAULTS = ServiceConfig.model_fields
 _NOT_SAVED = 3  # exit code: stopped in order, but histories are lost
 
 logger = logging.getLogger(__name__)
@@ -50,13 +55,24 @@ def serve(
     ] = None,
     address: Annotated[
         str | None,
-        typer.Option(help="host:port or unix:/path; port 0 picks a free one."),
+        typer.Option(
+            help="host:port or unix:/path; port 0 picks a free one.",
+            show_default=_DEFAULTS["address"].default,
+        ),
     ] = None,
     metrics_address: Annotated[
-        str | None, typer.Option(help="host:port for Prometheus; empty for none.")
+        str | None,
+        typer.Option(
+            help="host:port for Prometheus; empty for none.",
+            show_default=_DEFAULTS["metrics_address"].default,
+        ),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="Where factors are inverted: cpu, cuda, cuda:N.")
+        str | None,
+        typer.Option(
+            help="Where factors are inverted: cpu, cuda, cuda:N.",
+            show_default=_DEFAULTS["device"].default,
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None,
@@ -86,6 +102,8 @@ def serve(
 
     try:
         loaded = ServiceConfig.load(config, flags)
+    except tomllib.TOMLDecodeError as error:
+        raise typer.BadParameter(f"{config}: {error}.") from None
     except (ValidationError, SettingsError, FileNotFoundError, ValueError) as error:
         raise _usage_error(error) from None
     logs = configure_logs(loaded.log_level, loaded.log_format)
@@ -201,7 +219,7 @@ def top(
         # An exception instead might be raised where it is swallowed, as in a callback.
         stop = threading.Event()
         signal.signal(signal.SIGINT, lambda *_: stop.set())
-        first = StatusView(answer)
+        first = StatusView(answer, height=console.height)
         with Live(first, console=console, screen=True, auto_refresh=False) as live:
             while not stop.wait(refresh_s):
                 try:
@@ -209,13 +227,18 @@ def top(
                 except grpc.RpcError as error:
                     why = _no_answer(address, credentials, error)
                     warning = f"{why} What follows is old."
-                live.update(StatusView(answer, warning), refresh=True)
+                view = StatusView(answer, warning, console.height)
+                live.update(view, refresh=True)
 
 
 @contextmanager
 def _answers(
     address: str, credentials: Credentials
 ) -> Iterator[Callable[[], pb.GetStatusResponse]]:
+    if not has_port(address):
+        raise typer.BadParameter(
+            f"{address!r} has no port: use host:port or unix:/path."
+        )
     try:
         opened = open_channel(address, credentials)
     except ConfigurationError as error:
@@ -269,8 +292,17 @@ def token(
 def _usage_error(error: Exception) -> typer.BadParameter:
     if not isinstance(error, ValidationError):
         return typer.BadParameter(str(error))
-    lines = (
-        f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']} (got {e['input']!r})"
-        for e in error.errors(include_url=False)
-    )
+    lines = map(_wrong_setting, error.errors(include_url=False))
     return typer.BadParameter("; ".join(lines))
+
+
+def _wrong_setting(error: ErrorDetails) -> str:
+    name, said = ".".join(map(str, error["loc"])), error["msg"]
+    said = said.removeprefix("Value error, ")
+    if not name:
+        return said
+    if error["type"] != "extra_forbidden":
+        return f"{name}: {said} (got {error['input']!r})"
+    near = difflib.get_close_matches(name, ServiceConfig.model_fields, 1)
+    meant = f"did you mean {near[0]}? " if near else ""
+    return f"There is no setting {name!r}; {meant}`skfac serve --help` lists them."

@@ -12,7 +12,7 @@ from typing import Any, Self
 try:
     import ray
 except ImportError as error:
-    text = "An engine in Ray's actors needs Ray: pip install 'skfac[ray]'."
+    text = "An engine in Ray's actors needs Ray: pip install '.[ray]' in a clone."
     raise ImportError(text) from error
 from ray.actor import ActorHandle
 

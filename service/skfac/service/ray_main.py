@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from skfac.wire.errors import SkfacError
 
 ray_app = typer.Typer(
-    help="Engines in the actors of a Ray cluster; needs 'skfac[ray]'.",
+    help="Engines in the actors of a Ray cluster; needs Ray.",
     no_args_is_help=True,
 )
 

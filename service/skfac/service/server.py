@@ -23,6 +23,7 @@ from skfac.service.state_volume import StateVolume
 from skfac.service.status_page import StatusPage
 from skfac.service.web import WebServer
 from skfac.v1 import preconditioning_pb2 as pb
+from skfac.wire.addresses import why_not_bound
 from skfac.wire.channel import SERVER_OPTIONS, SERVICE
 from skfac.wire.errors import SessionNotFoundError
 from skfac.wire.shared_memory import MAX_SNAPSHOTS
@@ -218,7 +219,8 @@ def _bound(
     try:
         port = bind(server, address)
     except RuntimeError as error:
-        raise OSError(f"Cannot listen on {name} {address!r}: {error}") from None
+        why = why_not_bound(address) or str(error)
+        raise OSError(f"Cannot listen on {name} {address!r}: {why}") from None
     if address.startswith("unix:"):
         return address
     return f"{address.rpartition(':')[0]}:{port}"

@@ -15,8 +15,8 @@ _Row = Sequence[str | Text]
 
 _SESSIONS: tuple[_Column, ...] = (
     *(("job", 0), ("ranks", 0), ("layers", 90), ("age", 70), ("solved", 0)),
-    *(("queued", 80), ("lost", 50), ("refused", 70), ("history", 100)),
-    *(("p50", 80), ("p99", 40)),
+    *(("queued", 100), ("lost", 50), ("refused", 90), ("history", 110)),
+    *(("p50", 100), ("p99", 40)),
 )
 _STAGES: tuple[_Column, ...] = (("stage", 0), ("timed", 60), ("p50", 0), ("p99", 0))
 _ERRORS: tuple[_Column, ...] = (
@@ -30,23 +30,31 @@ _NOTE = (
     "lost: superseded or failed; history: memory of earlier updates; p50, p99: of the "
     "inversion latency; behind: steps from the version to the newest rows"
 )
+_TABLE_LINES = 5  # of a table besides its rows
 _WORDS = frozenset({"job", "layer", "kind", "stage", "message"})
 
 
 class StatusView:
     """A status that rich prints: load, stages, sessions, errors and layers.
 
-    Columns that a narrow terminal has no room for are left out. Layers that are
-    furthest behind come first.
+    Columns that a narrow terminal has no room for are left out; where lines are few, so
+    are the note, stages and errors, and then layers. Those furthest behind come first.
 
     Args:
         status: What the server answered.
         warning: A line above it; empty for none.
+        height: Lines that there are; None for any number.
     """
 
-    def __init__(self, status: pb.GetStatusResponse, warning: str = "") -> None:
+    def __init__(
+        self,
+        status: pb.GetStatusResponse,
+        warning: str = "",
+        height: int | None = None,
+    ) -> None:
         self._status = status
         self._warning = warning
+        self._height = height
 
     def __rich_console__(
         self, console: Console, options: ConsoleOptions
@@ -57,15 +65,41 @@ class StatusView:
             Lines and tables.
         """
         status, width = self._status, options.max_width
+        stages = _table("where time goes", _STAGES, _stages(status), width)
+        note = Text(_NOTE, style="dim")
+        parts: list[Text | Table] = [_headline(status), stages]
+        parts += [_table("sessions", _SESSIONS, _sessions(status), width), note]
         if self._warning:
-            yield Text(self._warning, style="bold red")
-        yield _headline(status)
-        yield _table("where time goes", _STAGES, _stages(status), width)
-        yield _table("sessions", _SESSIONS, _sessions(status), width)
-        yield Text(_NOTE, style="dim")
+            parts.insert(0, Text(self._warning, style="bold red"))
+        spare: list[Text | Table] = [note, stages]
         if status.errors:
-            yield _table("recent errors", _ERRORS, _errors(status), width)
-        yield _table("layers", _LAYERS, _layers(status), width)
+            spare.append(_table("recent errors", _ERRORS, _errors(status), width))
+            parts.append(spare[-1])
+        rows = list(_layers(status))
+        left = 0
+        if self._height is not None:
+            heights = {id(p): len(console.render_lines(p, options)) for p in parts}
+            left = self._make_room(parts, spare, heights, len(rows))
+        yield from parts
+        yield _table("layers", _LAYERS, rows[: len(rows) - left], width)
+        if left:
+            yield Text(f"and {left} more: `skfac status` shows all", style="dim")
+
+    def _make_room(
+        self,
+        parts: list[Text | Table],
+        spare: Sequence[Text | Table],
+        heights: dict[int, int],
+        count: int,
+    ) -> int:
+        # For so many rows below the parts, of which spare ones are taken out if there
+        # is too little. Returns how many rows there is no room for.
+        room = (self._height or 0) - _TABLE_LINES - sum(heights.values())
+        for part in spare:
+            if room < count:
+                parts.remove(part)
+                room += heights[id(part)]
+        return 0 if room >= count else count - max(room - 1, 1)
 
 
 def _headline(status: pb.GetStatusResponse) -> Text:
@@ -143,7 +177,8 @@ def _table(
     for place in shown:
         name, _ = columns[place]
         if name in _WORDS:
-            table.add_column(name, overflow="fold")
+            least = min(24, width // 4) if name == "job" else None
+            table.add_column(name, overflow="fold", min_width=least)
         else:
             table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
