@@ -152,6 +152,8 @@ class Capture:
         Yields:
             Nothing.
         """
+        for index in range(len(self._layers)):
+            self._forget_thrown_away(index)
         self._sampling = True
         try:
             yield
@@ -237,10 +239,9 @@ class Capture:
     def _record(self, index: int, inputs: Tensor, output: Tensor) -> Tensor | None:
         assert self._step is not None
         layer, calls = self._layers[index], self._calls[index]
-        # A backward that fully_shard does not reduce has its gradient elsewhere.
-        if layer.weight.grad is None and self._arrived[index]:
-            calls[:] = [call for call in calls if call.derivatives is None]
-            self._arrived[index] = layer.shard is None
+        # In a backward a forward is one of a checkpoint.
+        if self._config.fisher != "monte_carlo" and backward_id() < 0:
+            self._forget_thrown_away(index)
         self._count_backwards(index)
         geometry = layer.geometry
         batch, count = geometry.extents(output)
@@ -255,22 +256,32 @@ class Capture:
         call = _Call(rows)
         calls.append(call)
         scale = self._derivative_scale(batch, output.device)
-        listen = partial(self._listen, call, geometry, positions, scale, empty)
+        listen = partial(self._listen, index, call, positions, scale)
         return listen_to(output, listen)
+
+    def _forget_thrown_away(self, index: int) -> None:
+        # Rows of gradients that nobody has any more.
+        layer, calls = self._layers[index], self._calls[index]
+        # A backward that fully_shard does not reduce has its gradient elsewhere.
+        if layer.weight.grad is None and self._arrived[index]:
+            calls[:] = [call for call in calls if call.derivatives is None]
+            self._arrived[index] = layer.shard is None
 
     def _listen(
         self,
+        index: int,
         call: _Call,
-        geometry: LayerGeometry,
         positions: Positions,
         scale: float | Tensor,
-        empty: Empty,
         derivatives: Tensor,
     ) -> None:
         if self._sampling != (self._config.fisher == "monte_carlo"):
             return
+        layer, empty = self._layers[index], partial(self._empty, index)
+        if layer.shard is None and not self._sampling:
+            self._forget_thrown_away(index)  # between the forward and now
         with phase("capture"), without_autocast(derivatives.device.type):
-            found = geometry.derivative_rows(
+            found = layer.geometry.derivative_rows(
                 in_dtype(without_graph(derivatives), self._dtype),
                 positions,
                 scale=scale,

@@ -96,6 +96,8 @@ class ForwardHook:
             return None
         if not (module.training and output.requires_grad and layer.runs_in(module)):
             return None
+        if not layer.weight.requires_grad:  # frozen since
+            return None
         if (
             torch._C._are_functorch_transforms_active()
             or forward_ad._current_level >= 0

@@ -3,9 +3,8 @@
 import fnmatch
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +31,8 @@ class TrackedLayer:
         weight: The parameter.
         bias: The other parameter, or None if the layer trains none.
         geometry: How its inputs and derivatives become rows.
-        group: The optimizer's parameter group of its weight.
+        optimizer: Trains it.
+        group: Which of the optimizer's parameter groups has the weight.
         shard: Which part of the gradient this rank has; None if all of it.
     """
 
@@ -41,7 +41,8 @@ class TrackedLayer:
     weight: nn.Parameter
     bias: nn.Parameter | None
     geometry: LayerGeometry
-    group: dict[str, Any]
+    optimizer: torch.optim.Optimizer
+    group: int
     shard: Shard | None = None
 
     @property
@@ -61,7 +62,8 @@ class TrackedLayer:
     @property
     def learning_rate(self) -> float | Tensor:
         """The current learning rate of the weight."""
-        rate: float | Tensor = self.group["lr"]
+        # Looked up anew: `load_state_dict` puts other groups there.
+        rate: float | Tensor = self.optimizer.param_groups[self.group]["lr"]
         return rate
 
     def runs_in(self, module: nn.Module) -> bool:
@@ -99,6 +101,8 @@ class TrackedLayer:
         """
         weight = self.weight.grad
         bias = None if self.bias is None else self.bias.grad
+        if self.bias is not None and bias is None and not self.bias.requires_grad:
+            bias = torch.zeros_like(self.bias)  # frozen since
         if weight is None or (self.bias is not None and bias is None):
             return None
         return self._part.to_matrix(
@@ -121,9 +125,8 @@ class TrackedLayer:
             return  # a rank that has nothing of a small layer
         parts = self._part.from_matrix(matrix)
         for parameter, part in zip((self.weight, self.bias), parts, strict=True):
-            if parameter is not None:
+            if parameter is not None and parameter.grad is not None:
                 assert part is not None
-                assert parameter.grad is not None
                 torch.mul(part, factor, out=local(parameter.grad))
 
 
@@ -151,8 +154,8 @@ def track_layers(
     _check_trained(model, optimizer)
     sharded = FullySharded(model)
     groups = {
-        id(parameter): group
-        for group in optimizer.param_groups
+        id(parameter): place
+        for place, group in enumerate(optimizer.param_groups)
         for parameter in group["params"]
     }
     tracked, passed = [], []
@@ -167,7 +170,7 @@ def track_layers(
         if any(fnmatch.filter(names, pattern) for pattern in skip):
             continue
         try:
-            layer = _track(modules, groups, sharded)
+            layer = _track(modules, optimizer, groups, sharded)
         except ValueError as error:
             refused.append(f"{names[0]!r}, because {error}")
             continue
@@ -188,7 +191,7 @@ def track_layers(
 
 
 def _by_weight(
-    model: nn.Module, groups: dict[int, dict[str, Any]]
+    model: nn.Module, groups: Mapping[int, int]
 ) -> Iterable[list[tuple[str, nn.Module]]]:
     # Modules that train and their names, those that share their weight together.
     sharing: dict[int, list[tuple[str, nn.Module]]] = defaultdict(list)
@@ -206,7 +209,8 @@ def _by_weight(
 
 def _track(
     named: list[tuple[str, nn.Module]],
-    groups: dict[int, dict[str, Any]],
+    optimizer: torch.optim.Optimizer,
+    groups: Mapping[int, int],
     sharded: FullySharded,
 ) -> TrackedLayer | None:
     name, first = named[0]
@@ -225,7 +229,8 @@ def _track(
     if bias is not None and id(bias) not in groups:
         return None
     shard = shard_of(weight, bias, geometry, fully_sharded=sharded.has(name))
-    return TrackedLayer(name, tuple(modules), weight, bias, geometry, group, shard)
+    parameters = tuple(modules), weight, bias
+    return TrackedLayer(name, *parameters, geometry, optimizer, group, shard)
 
 
 def _check_trained(model: object, optimizer: object) -> None:

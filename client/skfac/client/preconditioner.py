@@ -204,7 +204,7 @@ class Preconditioner:
         if self._step != self._next_capture:
             return
         self._sampled = True
-        weights = [layer.weight for layer in self._layers]
+        weights = [one.weight for one in self._layers if one.weight.requires_grad]
         with self._capture.sampling(), self._rows.sampling():
             torch.autograd.grad(
                 self._loss_scale.scaled(sampled_loss),

@@ -128,6 +128,7 @@ class RowSpace:
         self._backwards: list[list[Rows]] = [[] for _ in layers]
         self._pending: list[list[tuple[int, Rows]]] = [[] for _ in layers]
         self._given: dict[int, list[tuple[int, int]]] = {}
+        self._raw: set[int] = set()  # whose gradients of this step began as raw ones
         self._sampling = False
         self.used: set[int] = set()
         self.active = {
@@ -154,6 +155,7 @@ class RowSpace:
         """
         backwards, self._backwards[index] = self._backwards[index], []
         self._pending[index].clear()
+        self._raw.discard(index)
         if index not in self.active:
             self._replaced.discard(index)
         (self.used.add if backwards else self.used.discard)(index)
@@ -197,13 +199,14 @@ class RowSpace:
         """
         if self._sampling:
             return None, None  # a backward that only derivatives are wanted of
+        self._forget_thrown_away(index)
         layer = self._layers[index]
         dtype = layer.weight.dtype
         x, d = (in_dtype(_flat(rows), dtype) for rows in (inputs, derivatives))
         if torch.is_grad_enabled():
             self._demote(index, "it takes part in a double backward")
         ready = None
-        if index in self.active:
+        if index in self.active and index not in self._raw:
             ready = self._provide(index, d.device, dtype)
         if ready is None:
             weight = d.T @ x
@@ -242,8 +245,7 @@ class RowSpace:
 
     def _replace(self, index: int, inputs: Tensor, output: Tensor) -> Tensor | None:
         layer = self._layers[index]
-        if layer.weight.grad is None:
-            self._backwards[index].clear()  # of gradients that were thrown away
+        self._forget_thrown_away(index)
         if index not in self._replaced:
             return None
         rows = output.numel() // output.shape[-1] * self._passes
@@ -257,11 +259,18 @@ class RowSpace:
         )
         return replaced
 
+    def _forget_thrown_away(self, index: int) -> None:
+        if self._layers[index].weight.grad is None:
+            self._backwards[index].clear()
+            self._raw.discard(index)
+
     def _begin_to_watch(self, index: int) -> None:
         # Only now: a layer of many rows never comes here, and hooks cost time.
         if index in self._watches:
             return
         weight = self._layers[index].weight
+        if weight.grad is not None:
+            self._raw.add(index)
         self._watches[index] = [
             weight.register_hook(partial(self._watch, index)),  # type: ignore[no-untyped-call]
             weight.register_post_accumulate_grad_hook(partial(self._count, index)),  # type: ignore[no-untyped-call]
@@ -277,7 +286,8 @@ class RowSpace:
         # The very tensor that this layer's backward has made, if nothing was added.
         given = self._given.pop(index, [])
         if not (given or self._backwards[index]):
-            return  # raw so far
+            self._raw.add(index)
+            return
         mark = gradient.data_ptr(), gradient._version
         if not given or (len(given) == 1 and given[0] != mark):
             self._demote(index, "its weight gets gradients from elsewhere, too")
