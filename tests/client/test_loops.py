@@ -1,11 +1,15 @@
 """Training loops out of the ordinary: each gets what the plain one would."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from skfac.client import Preconditioner
+from skfac.curvature.linear import LinearGeometry
 
 BOTH = pytest.mark.parametrize("apply", ["gradient", "auto"])
 
@@ -204,3 +208,24 @@ def test_a_weight_whose_bias_is_frozen_later_is_still_preconditioned():
 
     assert model[0].bias.grad is None
     assert not torch.allclose(model[0].weight.grad, raw)
+
+
+def test_forwards_without_a_backward_leave_nothing(monkeypatch):
+    model = wide()
+    with Preconditioner(model, sgd(model), **settings(apply="gradient")) as pre:
+        made: list[weakref.ref[Tensor]] = []
+        record = LinearGeometry.activation_rows
+
+        def noted(self, *args: object) -> Tensor:
+            rows = record(self, *args)
+            made.append(weakref.ref(rows))
+            return rows
+
+        monkeypatch.setattr(LinearGeometry, "activation_rows", noted)
+        for seed in range(3):
+            loss_of(model, 16, seed)
+        gc.collect()
+        assert [rows() for rows in made] == [None] * 6
+        loss_of(model, 16, 9).backward()
+        pre.step()
+        assert pre.report()["raw_gradients"] == 2

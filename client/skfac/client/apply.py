@@ -57,8 +57,8 @@ class Apply:
     """Preconditions what is not preconditioned yet, then keeps all within the trust.
 
     Both the versions and the gradients are taken to the wider dtype of the two; the
-    result has the gradient's. A layer whose gradient is not finite keeps it, as without
-    a preconditioner; it takes no part in the trust region of the others.
+    result has the gradient's. A layer whose gradient is not finite stays so, as a
+    whole; it takes no part in the trust region of the others.
 
     Attributes:
         prediction: Of the latest step; None before the first.

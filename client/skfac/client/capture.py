@@ -44,6 +44,7 @@ def host_memory(layer: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 class _Call:
     # One forward of a layer. A layer that is used twice has two, and the rows of each
     # stay together whatever the order of the backward.
+    number: int
     activations: Tensor
     derivatives: Tensor | None = None
     pending: tuple[int, Tensor] | None = None  # of a backward, by its number
@@ -126,7 +127,9 @@ class Capture:
         self._dtype = WIRE_DTYPES[config.wire_dtype]
         self._step: int | None = None
         self._sampling = False
+        # Of forwards whose backward has come; the others live as long as their graph.
         self._calls: list[list[_Call]] = [[] for _ in layers]
+        self._forwards = [0] * len(layers)
         self._staging: dict[torch.device, Staging] = {}
         self._said: set[str] = set()
         bodies = [partial(self._record, index) for index in range(len(layers))]
@@ -184,6 +187,7 @@ class Capture:
                 self._staging[device] = Staging(device)
             copies[index] = self._staging[device].to_host(rows)
             calls.clear()
+            self._forwards[index] = 0
             found = found or rows[1].shape[-2] > 0
         if not found:
             self._say_once(
@@ -223,7 +227,8 @@ class Capture:
                 call.pending = None
 
     def _joined(self, layer: TrackedLayer, calls: list[_Call]) -> list[Tensor]:
-        done = [(c.activations, c.derivatives) for c in calls]
+        ordered = sorted(calls, key=lambda call: call.number)
+        done = [(c.activations, c.derivatives) for c in ordered]
         pairs = [(a, d) for a, d in done if d is not None]
         if not pairs:
             geometry, device = layer.geometry, layer.weight.device
@@ -238,7 +243,7 @@ class Capture:
 
     def _record(self, index: int, inputs: Tensor, output: Tensor) -> Tensor | None:
         assert self._step is not None
-        layer, calls = self._layers[index], self._calls[index]
+        layer = self._layers[index]
         # In a backward a forward is one of a checkpoint.
         if self._config.fisher != "monte_carlo" and backward_id() < 0:
             self._forget_thrown_away(index)
@@ -253,8 +258,8 @@ class Capture:
         except ValueError as error:  # a call that the geometry does not describe
             self._say_unsupported(layer.name, error)
             return None
-        call = _Call(rows)
-        calls.append(call)
+        call = _Call(self._forwards[index], rows)
+        self._forwards[index] += 1
         scale = self._derivative_scale(batch, output.device)
         listen = partial(self._listen, index, call, positions, scale)
         return listen_to(output, listen)
@@ -287,6 +292,8 @@ class Capture:
                 scale=scale,
                 empty=empty,
             )
+        if call not in self._calls[index]:
+            self._calls[index].append(call)
         if self._sampling:  # of no gradient, but wanted
             call.add(found)
             return
@@ -298,7 +305,7 @@ class Capture:
     def _draw(self, step: int, index: int, count: int) -> Positions:
         if self._config.reduction != "subsample":
             return all_positions(self._config.reduction, count)
-        forwards = len(self._calls[index])
+        forwards = self._forwards[index]
         seed = (step * len(self._layers) + index) * _CALLS_PER_SEED + forwards
         return draw_positions(
             self._config.reduction,

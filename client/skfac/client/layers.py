@@ -182,6 +182,10 @@ def track_layers(
         raise ConfigurationError(_refused_text(refused))
     if passed:
         warnings.warn(_passed_text(passed), PassThroughWarning, stacklevel=3)
+    if not (
+        tracked or any(id(parameter) in groups for parameter in model.parameters())
+    ):
+        raise ConfigurationError("The optimizer has none of this model's parameters.")
     if not tracked:
         raise ConfigurationError(
             "The model has no layer to precondition: none is linear, a convolution or "
@@ -240,9 +244,6 @@ def _check_trained(model: object, optimizer: object) -> None:
         raise ConfigurationError(
             f"optimizer must be one of torch's, got {type(optimizer).__name__}."
         )
-    trained = {id(one) for group in optimizer.param_groups for one in group["params"]}
-    if not any(id(parameter) in trained for parameter in model.parameters()):
-        raise ConfigurationError("The optimizer has none of this model's parameters.")
 
 
 def _refused_text(refused: list[str]) -> str:
