@@ -1,11 +1,13 @@
-"""One pass finds all NaN and infinities, and nothing else."""
+"""All NaN and infinities are found, and no inverse has any."""
 
 import math
 
 import pytest
 import torch
 
+from skfac.curvature.factor import moment_of
 from skfac.curvature.finite import all_finite
+from skfac.curvature.invert import invert_moment
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -31,3 +33,15 @@ def test_large_numbers_whose_sum_overflows_are_finite():
 
 def test_nothing_is_finite():
     assert all_finite(torch.empty(0, 3))
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (9, 4)])
+@pytest.mark.parametrize("diagonal", [True, False])
+def test_an_inverse_that_would_overflow_is_none(diagonal, shape):
+    moment = moment_of(torch.zeros(shape), count=3, diagonal=diagonal)
+    smallest = 1 / torch.finfo(torch.float32).max
+
+    found = invert_moment(moment, damping=1.01 * smallest, dtype=torch.float32)
+    assert found.tensor.isfinite().all()
+    with pytest.raises(torch.linalg.LinAlgError, match=r"needs at least 2\.94e-39"):
+        invert_moment(moment, damping=0.99 * smallest, dtype=torch.float32)

@@ -40,7 +40,7 @@ def test_a_target_of_ray_says_what_to_install():
 
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
-        *["Targets of Ray need Ray: pip install 'skfac[ray]'."] * 2,
-        "An engine in Ray's actors needs Ray: pip install 'skfac[ray]'.",
+        *["Targets of Ray need Ray: pip install '.[ray]' in a clone."] * 2,
+        "An engine in Ray's actors needs Ray: pip install '.[ray]' in a clone.",
         "['ray']",
     ]
