@@ -1,6 +1,5 @@
 """Tasks that are solved together: what a batch holds, and that nobody notices it."""
 
-import threading
 from contextlib import closing
 from dataclasses import replace
 from typing import Any, get_args
@@ -218,23 +217,6 @@ def test_the_rows_of_a_snapshot_are_not_kept():
 
 
 # ------------------------------------------------------------------- the engine
-
-
-@pytest.fixture
-def gate(monkeypatch):
-    """Keeps the solver inside its first batch until the test opens the gate."""
-    entered, opened, solve = threading.Event(), threading.Event(), Solver.solve
-    taken: list[list[Task]] = []
-
-    def wait(self, batch):
-        taken.append(list(batch))
-        entered.set()
-        assert opened.wait(PATIENCE_S)
-        return solve(self, batch)
-
-    monkeypatch.setattr(Solver, "solve", wait)
-    yield entered, opened, taken
-    opened.set()
 
 
 def pushed(layers: int, job: str) -> tuple[SessionSpec, Snapshot]:

@@ -1,6 +1,5 @@
 """Versions follow from the sequence of a layer's updates, whatever the timing."""
 
-import threading
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
@@ -84,25 +83,10 @@ def test_several_ranks_are_one_update(harness, history):
         assert (version.updates, version.rows) == (expected.updates, 4)
 
 
-@pytest.fixture
-def gate(monkeypatch):
-    """Keeps the solver inside its first batch until the test opens the gate."""
-    entered, opened, solve = threading.Event(), threading.Event(), Solver.solve
-
-    def wait(self, batch):
-        entered.set()
-        assert opened.wait(PATIENCE_S)
-        return solve(self, batch)
-
-    monkeypatch.setattr(Solver, "solve", wait)
-    yield entered, opened
-    opened.set()
-
-
 @HISTORIES
 @pytest.mark.parametrize("lag", [0, 1])
 def test_what_is_superseded_is_still_folded(harness, gate, history, lag):
-    entered, opened = gate
+    entered, opened, _ = gate
     spec = session_spec(*MIXED, history=history, lag=lag)
     session_id = harness.open(spec)
     sent = [snapshot(spec, step, **SETTINGS) for step in range(7)]
@@ -127,7 +111,7 @@ def test_what_is_superseded_is_still_folded(harness, gate, history, lag):
 
 
 def test_rows_that_are_carried_count_in_the_quota(gate):
-    entered, opened = gate
+    entered, opened, _ = gate
     spec = session_spec(history="ema")
     nbytes = snapshot(spec).layers[0].nbytes
     with Harness(max_session_bytes=3 * nbytes) as harness:

@@ -267,23 +267,8 @@ def test_a_solver_that_raises_costs_one_version_only(harness, monkeypatch):
     assert [layer.newest_step for layer in session.layers] == [None, 0]
 
 
-@pytest.fixture
-def gate(monkeypatch):
-    """Keeps the solver inside its first batch until the test opens the gate."""
-    entered, opened, solve = threading.Event(), threading.Event(), Solver.solve
-
-    def wait(self, batch):
-        entered.set()
-        assert opened.wait(PATIENCE_S)
-        return solve(self, batch)
-
-    monkeypatch.setattr(Solver, "solve", wait)
-    yield entered, opened
-    opened.set()
-
-
 def test_what_is_past_due_is_superseded(harness, gate):
-    entered, opened = gate
+    entered, opened, _ = gate
     session_id = harness.open(session_spec())
     subscription = harness.engine.subscribe(session_id, {})
     harness.engine.submit(session_id, snapshot(session_spec(), 0))
@@ -300,7 +285,7 @@ def test_what_is_past_due_is_superseded(harness, gate):
 
 
 def test_a_session_closed_while_it_is_solved_publishes_nothing(harness, gate):
-    entered, opened = gate
+    entered, opened, _ = gate
     session_id = harness.open(SPEC)
     harness.engine.submit(session_id, snapshot(SPEC))
     assert entered.wait(PATIENCE_S)
@@ -319,7 +304,7 @@ def test_a_session_closed_while_it_is_solved_publishes_nothing(harness, gate):
 
 
 def test_draining_publishes_all_that_was_queued(harness, gate):
-    entered, opened = gate
+    entered, opened, _ = gate
     spec = replace(SPEC, on_late="wait")
     session_id = harness.open(spec)
     subscription = harness.engine.subscribe(session_id, {})

@@ -1,13 +1,11 @@
 """What an engine counts and times, read as Prometheus reads it."""
 
-import threading
 from dataclasses import replace
 
 import pytest
 from prometheus_client import generate_latest
 
 from skfac.service.metrics import CLOSED_KEPT, Metrics
-from skfac.service.solver import Solver
 from skfac.wire.errors import InvalidRequestError
 from skfac.wire.report import StepReport
 from tests.support.values import (
@@ -41,29 +39,19 @@ def test_nothing_is_counted_before_work():
     assert value(metrics, "skfac_outcomes_total", session="job") is None
 
 
-def test_what_waits_shows_while_the_solver_is_at_work(harness, monkeypatch):
-    entered, opened, solve = threading.Event(), threading.Event(), Solver.solve
-
-    def wait(self, batch):
-        entered.set()
-        assert opened.wait(PATIENCE_S)
-        return solve(self, batch)
-
-    monkeypatch.setattr(Solver, "solve", wait)
+def test_what_waits_shows_while_the_solver_is_at_work(harness, gate):
+    entered, _, _ = gate
     one = session_spec(lag=9)
     session_id = harness.open(one)
-    try:
-        harness.engine.submit(session_id, snapshot(one, 0))
-        assert entered.wait(PATIENCE_S)
-        assert value(harness.metrics, "skfac_queue_depth") == 0
-        other = harness.open(session_spec(job="other"))
-        harness.engine.submit(session_id, snapshot(one, 1))
-        harness.engine.submit(other, snapshot(one, 1))
-        assert value(harness.metrics, "skfac_queue_depth") == 2
-        harness.engine.close_session(other, 0)
-        assert value(harness.metrics, "skfac_queue_depth") == 1
-    finally:
-        opened.set()
+    harness.engine.submit(session_id, snapshot(one, 0))
+    assert entered.wait(PATIENCE_S)
+    assert value(harness.metrics, "skfac_queue_depth") == 0
+    other = harness.open(session_spec(job="other"))
+    harness.engine.submit(session_id, snapshot(one, 1))
+    harness.engine.submit(other, snapshot(one, 1))
+    assert value(harness.metrics, "skfac_queue_depth") == 2
+    harness.engine.close_session(other, 0)
+    assert value(harness.metrics, "skfac_queue_depth") == 1
 
 
 def test_a_trainer_that_stalls_shows_between_its_snapshots(harness):

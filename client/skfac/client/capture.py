@@ -191,6 +191,7 @@ class Capture:
             found = found or rows[1].shape[-2] > 0
         if not found:
             self._say_once(
+                "",
                 "No layer had rows at step %d: was the model in eval() mode, or step() "
                 "called before backward()?",
                 step,
@@ -335,13 +336,13 @@ class Capture:
 
     def _say_unsupported(self, name: str, error: ValueError) -> None:
         # Its rows are missing then: the layer keeps the version that it has.
-        self._say_once("Layer %r gives no rows: %s", name, error)
+        self._say_once(name, "Layer %r gives no rows: %s", name, error)
 
-    def _say_once(self, text: str, what: object, *others: object) -> None:
-        key = what if isinstance(what, str) else text
-        level = logging.DEBUG if key in self._said else logging.WARNING
-        self._said.add(key)
-        logger.log(level, text, what, *others)
+    def _say_once(self, layer: str, text: str, *arguments: object) -> None:
+        # Once of each layer, and once of all together.
+        level = logging.DEBUG if layer in self._said else logging.WARNING
+        self._said.add(layer)
+        logger.log(level, text, *arguments)
 
     def _derivative_scale(self, batch: int, device: torch.device) -> float | Tensor:
         # Autograd's derivatives are of the mean over this forward's batch, divided by

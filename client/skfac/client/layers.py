@@ -182,11 +182,11 @@ def track_layers(
         raise ConfigurationError(_refused_text(refused))
     if passed:
         warnings.warn(_passed_text(passed), PassThroughWarning, stacklevel=3)
-    if not (
-        tracked or any(id(parameter) in groups for parameter in model.parameters())
-    ):
-        raise ConfigurationError("The optimizer has none of this model's parameters.")
     if not tracked:
+        if not any(id(parameter) in groups for parameter in model.parameters()):
+            raise ConfigurationError(
+                "The optimizer has none of this model's parameters."
+            )
         raise ConfigurationError(
             "The model has no layer to precondition: none is linear, a convolution or "
             "an embedding of torch that the optimizer trains and skip leaves in."
@@ -233,8 +233,9 @@ def _track(
     if bias is not None and id(bias) not in groups:
         return None
     shard = shard_of(weight, bias, geometry, fully_sharded=sharded.has(name))
-    parameters = tuple(modules), weight, bias
-    return TrackedLayer(name, *parameters, geometry, optimizer, group, shard)
+    return TrackedLayer(
+        name, tuple(modules), weight, bias, geometry, optimizer, group, shard
+    )
 
 
 def _check_trained(model: object, optimizer: object) -> None:

@@ -21,6 +21,7 @@ from skfac.curvature.geometry import LayerGeometry
 from skfac.curvature.layer import LayerPreconditioner
 from skfac.curvature.parts import left_of_part, left_share, of_columns
 from skfac.wire.errors import ConfigurationError
+from skfac.wire.runs import runs_within
 
 _BUCKET_BYTES = 64 << 20  # of one all-reduce, unless a single layer has more
 
@@ -121,18 +122,12 @@ def sum_sharded(values: Tensor, shards: Sequence[Shard | None]) -> Tensor:
 
 def _buckets(parts: Sequence[Part]) -> Iterator[list[int]]:
     # Runs of layers that fit in the memory of one all-reduce.
-    bucket: list[int] = []
-    size = 0
-    for index, part in enumerate(parts):
-        basis = part.ready.derivatives.tensor
-        nbytes = basis.shape[-2] * part.gradient.shape[-1] * basis.itemsize
-        if bucket and size + nbytes > _BUCKET_BYTES:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(index)
-        size += nbytes
-    if bucket:
-        yield bucket
+    def nbytes(index: int) -> int:
+        basis = parts[index].ready.derivatives.tensor
+        columns = parts[index].gradient.shape[-1]
+        return int(basis.shape[-2] * columns * basis.itemsize)
+
+    return runs_within(_BUCKET_BYTES, range(len(parts)), nbytes)
 
 
 def _summed(shares: Sequence[Tensor], meshes: Sequence[Any]) -> list[Tensor]:

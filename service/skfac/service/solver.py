@@ -1,6 +1,7 @@
 """Turns the rows of some (layer, step)s into their outcomes."""
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from skfac.service.assembler import Assembly
 from skfac.service.scheduler import Task
 from skfac.service.warm_up import warm_up_tasks
 from skfac.wire.outcome import Loss, LossReason, Outcome, Version
+from skfac.wire.runs import runs_within
 from skfac.wire.staging import Staging
 from skfac.wire.state import SessionState
 
@@ -122,17 +124,8 @@ class Solver:
         # Where nothing is stacked, the float64 rows of a part are freed before the
         # next. Of more tasks than one, as a small operation takes half as long after
         # its like as it takes after a large product.
-        part: list[Task] = []
-        size = 0
-        for task in batch:
-            added = _size(task)
-            if part and size + added > _PART and not stacks.faster_on(self._device):
-                yield part
-                part, size = [], 0
-            part.append(task)
-            size += added
-        if part:
-            yield part
+        limit = math.inf if stacks.faster_on(self._device) else _PART
+        return runs_within(limit, batch, _size)
 
     def _solve_part(self, part: Sequence[Task]) -> list[Solution]:
         with self._staging.stream():
