@@ -4,11 +4,18 @@ import copy
 import threading
 
 import pytest
+import torch
 from torch import nn
 
 from skfac.client import ConfigurationError, Preconditioner
 from tests.support.models import backward, sgd, small_cnn
 from tests.support.servers import serving
+
+
+def _without_rate() -> torch.optim.Optimizer:
+    optimizer = sgd(nn.Linear(2, 2))
+    optimizer.param_groups[0]["lr"] = None  # as that of a library with its own schedule
+    return optimizer
 
 
 @pytest.mark.parametrize("settings", [{"apply": "row"}, {"apply": "gradient"}])
@@ -48,6 +55,42 @@ def test_a_step_in_the_wrong_place_is_said_once(caplog):
             optimizer.zero_grad()
 
     assert caplog.text.count("step() found no gradients: call it after backward") == 1
+    assert caplog.text.count("optimizer.step() used raw gradients") == 1
+
+
+@pytest.mark.parametrize("by", ["loop", "closure"])
+def test_a_step_in_its_place_is_not_talked_about(caplog, by):
+    model = small_cnn()
+    optimizer = sgd(model)
+    with Preconditioner(model, optimizer) as pre:
+
+        def closure() -> None:
+            backward(model, 0)
+            pre.step()
+
+        for _ in range(3):
+            if by == "closure":
+                optimizer.step(closure)
+            else:
+                closure()
+                optimizer.step()
+            optimizer.zero_grad()
+    optimizer.step()  # nobody looks any more
+
+    assert "optimizer.step()" not in caplog.text
+
+
+def test_an_optimizer_without_hooks_may_be_used():
+    class Wrapper:
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.param_groups = optimizer.param_groups
+            self.step = optimizer.step
+
+    model = small_cnn()
+    with Preconditioner(model, Wrapper(sgd(model))) as pre:
+        backward(model, 0)
+        pre.step()
+        assert pre.report()["step"] == 1
 
 
 @pytest.mark.parametrize("fault", ["eval", "before"])
@@ -71,6 +114,7 @@ def test_a_snapshot_without_any_rows_is_said_once(caplog, fault):
         (sgd(nn.Linear(2, 2)), nn.Linear(2, 2), "model must be a module, got SGD"),
         (nn.Linear(2, 2), iter(()), "optimizer must be one of torch's, got tuple_it"),
         (nn.Linear(2, 2), sgd(nn.Linear(2, 2)), "none of this model's parameters"),
+        (nn.Linear(2, 2), _without_rate(), "group 0 of SGD has no learning rate"),
     ],
 )
 def test_arguments_of_the_wrong_kind_are_named(model, optimizer, message):

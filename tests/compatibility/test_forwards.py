@@ -154,6 +154,18 @@ def test_bfloat16_weights_get_bfloat16_gradients(apply):
         assert difference < 0.1 * expected[name].norm()
 
 
+@both_spaces
+def test_a_copy_is_compiled_as_a_whole(apply):
+    model, x = mlp(4, 6, 3), normal(8, 4)
+    with Preconditioner(model, sgd(model), apply=apply):
+        copied = copy.deepcopy(model)
+    torch.compiler.reset()
+
+    compiled = torch.compile(copied, backend="eager", fullgraph=True)
+
+    torch.testing.assert_close(compiled(x), model(x))
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @both_spaces
 def test_a_model_that_has_run_compiled_may_be_wrapped(apply):

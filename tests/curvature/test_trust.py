@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skfac.curvature.trust import kl_scale
+from skfac.curvature.trust import inner, kl_scale
 
 
 @pytest.mark.parametrize(
@@ -49,3 +49,12 @@ def test_scaled_decrease_stays_in_the_region(model_decrease, kl_clip):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_scale_keeps_the_dtype(dtype):
     assert kl_scale(torch.tensor(2.0, dtype=dtype), kl_clip=1.0).dtype is dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_products_of_narrow_numbers_are_wide(dtype):
+    numbers = torch.full((3, 1000), 300.0, dtype=dtype)
+
+    found = inner(numbers, numbers)
+
+    assert float(found) == pytest.approx(3000 * float(numbers[0, 0]) ** 2, rel=1e-5)

@@ -78,6 +78,8 @@ class ForwardHook:
         Returns:
             What replaces the output, or None.
         """
+        if self._layer is None:
+            return None  # that of a copy breaks no graph
         if torch.compiler.is_compiling():
             found: Tensor | None
             found = _look_uncompiled(self, module, positional, named, output)
@@ -92,7 +94,8 @@ class ForwardHook:
         output: Tensor,
     ) -> Tensor | None:
         layer, body, wanted = self._layer, self._body, self._wanted
-        if layer is None or body is None or wanted is None or not wanted():
+        assert layer is not None
+        if body is None or wanted is None or not wanted():
             return None
         if not (module.training and output.requires_grad and layer.runs_in(module)):
             return None

@@ -245,6 +245,12 @@ def _check_trained(model: object, optimizer: object) -> None:
         raise ConfigurationError(
             f"optimizer must be one of torch's, got {type(optimizer).__name__}."
         )
+    for place, group in enumerate(optimizer.param_groups):
+        if group.get("lr") is None:
+            raise ConfigurationError(
+                f"Parameter group {place} of {type(optimizer).__name__} has no "
+                "learning rate, which the trust region needs: give the optimizer an lr."
+            )
 
 
 def _refused_text(refused: list[str]) -> str:

@@ -20,6 +20,7 @@ from skfac.client.hooks import check_free
 from skfac.client.job import session_of
 from skfac.client.layers import track_layers
 from skfac.client.loss_scale import LossScale
+from skfac.client.order import StepOrder
 from skfac.client.pace import Pace
 from skfac.client.phases import phase
 from skfac.client.ready import ReadyVersions
@@ -121,6 +122,7 @@ class Preconditioner:
         self._rows = RowSpace(self._layers, config, self._provide, world.size)
         self._apply = Apply(self._layers, self._ready, self._rows)
         self._loss_scale = LossScale(config.grad_scaler, optimizer)
+        self._order = StepOrder(optimizer)
         atexit.register(self.close)
         try:
             self._await_links(config.at("wait_s", 0))
@@ -170,6 +172,7 @@ class Preconditioner:
             kl_clip=config.at("kl_clip", step),
             loss_scale=loss_scale,
         )
+        self._order.precondition()
         self._raw += sum(version is None for version in versions)
         self._step = step + 1
         self._arm()
@@ -336,9 +339,8 @@ class Preconditioner:
             return
         self._closed = True
         atexit.unregister(self.close)
-        self._capture.close()
-        self._rows.close()
-        self._servers.close()
+        for part in (self._order, self._capture, self._rows, self._servers):
+            part.close()
 
     def _import(self, history: SessionState) -> None:
         # One rank, before any of them pushes.

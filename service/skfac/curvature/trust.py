@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from skfac.curvature.tensors import in_dtype
+
 Trust = Literal["kl", "graft", "none"]
 
 
@@ -23,9 +25,11 @@ def inner(left: Float[Tensor, "..."], right: Float[Tensor, "..."]) -> Float[Tens
     """Multiply two directions in one pass over them.
 
     Returns:
-        `Σ left · right`, a scalar.
+        `Σ left · right`, a scalar; in float32 at least, as 256² is infinite in float16.
     """
-    return torch.dot(left.reshape(-1), right.reshape(-1))
+    wide = torch.promote_types(left.dtype, torch.float32)
+    first, second = (in_dtype(one.reshape(-1), wide) for one in (left, right))
+    return torch.dot(first, second)
 
 
 def kl_scale(model_decrease: Float[Tensor, ""], *, kl_clip: float) -> Float[Tensor, ""]:
