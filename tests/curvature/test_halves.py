@@ -27,8 +27,11 @@ def test_a_triangle_s_product_is_the_whole_one_s(size):
     lower = torch.randn(size, size, dtype=torch.float64).tril()
     rows = torch.randn(size, 70, dtype=torch.float64)
 
-    found = lower_times(lower, rows)
+    out = torch.full_like(rows, torch.nan)
 
+    found = lower_times(lower, rows, out=out)
+
+    assert found is out
     torch.testing.assert_close(found, lower @ rows, rtol=1e-13, atol=1e-12)
 
 
@@ -39,7 +42,11 @@ def test_only_the_lower_half_of_a_large_triangle_counts(size):
     spoilt = lower.clone()
     spoilt[:64, 64:] = torch.nan
 
-    assert torch.equal(lower_times(spoilt, rows), lower_times(lower, rows))
+    first, second = (
+        lower_times(one, rows, out=torch.empty_like(rows)) for one in (spoilt, lower)
+    )
+
+    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize(("groups", "size"), [(3, 260), (260, 3)])
@@ -48,7 +55,8 @@ def test_groups_are_multiplied_whole(groups, size):
     lower = torch.randn(groups, size, size, dtype=torch.float64).tril()
 
     torch.testing.assert_close(gram(side), side @ side.mT)
-    torch.testing.assert_close(lower_times(lower, side), lower @ side)
+    found = lower_times(lower, side, out=torch.empty_like(side))
+    torch.testing.assert_close(found, lower @ side)
 
 
 def test_a_gpu_multiplies_at_once(monkeypatch):
@@ -59,5 +67,6 @@ def test_a_gpu_multiplies_at_once(monkeypatch):
     lower = torch.randn(300, 300, dtype=torch.float64).tril()
 
     assert torch.equal(gram(side), side @ side.mT)
-    assert torch.equal(lower_times(lower, side), lower @ side)
+    found = lower_times(lower, side, out=torch.empty_like(side))
+    assert torch.equal(found, lower @ side)
     assert not calls

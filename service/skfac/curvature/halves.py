@@ -34,19 +34,26 @@ def gram(side: Float[Tensor, "*groups n d"]) -> Float[Tensor, "*groups n n"]:
 
 
 def lower_times(
-    lower: Float[Tensor, "*groups n n"], rows: Float[Tensor, "*groups n d"]
+    lower: Float[Tensor, "*groups n n"],
+    rows: Float[Tensor, "*groups n d"],
+    *,
+    out: Float[Tensor, "*groups n d"],
 ) -> Float[Tensor, "*groups n d"]:
     """Multiply a lower triangular matrix by rows.
 
+    Args:
+        lower: The matrix.
+        rows: They.
+        out: Where the result goes.
+
     Returns:
-        `lower rows`.
+        `lower rows`, in `out`.
     """
     if not _by_blocks(lower):
-        return lower @ rows
-    found = torch.empty_like(rows)
+        return torch.matmul(lower, rows, out=out)
     for begin, end in _blocks(len(lower)):
-        torch.mm(lower[begin:end, :end], rows[:end], out=found[begin:end])
-    return found
+        torch.mm(lower[begin:end, :end], rows[:end], out=out[begin:end])
+    return out
 
 
 def _by_blocks(matrix: Tensor) -> bool:

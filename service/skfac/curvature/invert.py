@@ -161,13 +161,13 @@ def _low_rank_inverses(
     rows = [factor.moment.tensor for factor in factors]
     identity = cache(partial(torch.eye, dtype=torch.float64, device=rows[0].device))
     roots = in_stacks(partial(_inverse_root, identity=identity), choleskys)
-    bases = in_stacks(_basis, [root for (root,) in roots], rows)
-    # All products first: what stays would else lie between them, and the memory of
-    # rows that are done with could not be used again for the next products.
-    rounded = in_stacks(lambda basis: (basis.to(dtype),), [basis for (basis,) in bases])
+    # Each product is rounded at once, and the next made in its memory, in the cache.
+    room = cache(rows[0].new_empty)
+    basis = partial(_basis, dtype=dtype, room=room)
+    bases = in_stacks(basis, [root for (root,) in roots], rows)
     return [
         LowRankInverse(basis, factor.total_damping)
-        for factor, (basis,) in zip(factors, rounded, strict=True)
+        for factor, (basis,) in zip(factors, bases, strict=True)
     ]
 
 
@@ -178,8 +178,15 @@ def _inverse_root(
     return (torch.linalg.solve_triangular(cholesky, ones, upper=False),)
 
 
-def _basis(root: Tensor, rows: Tensor) -> tuple[Tensor]:
-    return (lower_times(root, rows),)
+def _basis(
+    root: Tensor,
+    rows: Tensor,
+    *,
+    dtype: torch.dtype,
+    room: Callable[[torch.Size], Tensor],
+) -> tuple[Tensor]:
+    product = lower_times(root, rows, out=room(rows.shape))
+    return (product.to(dtype, copy=True),)
 
 
 def _dense_inverses(
