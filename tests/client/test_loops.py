@@ -67,9 +67,11 @@ def test_learning_rates_are_those_of_a_state_that_was_loaded(apply):
     assert scales[2] == 1
 
 
-@pytest.mark.parametrize("sizes", [(20, 20), (200, 20), (200, 20, 20)])
+@pytest.mark.parametrize(
+    "sizes", [(20, 20), (200, 20), (200, 20, 20), (20, 200), (20, 200, 20)]
+)
 @pytest.mark.parametrize("first", ["train", "eval"])
-def test_micro_batches_of_any_size_are_preconditioned_as_a_whole(sizes, first):
+def test_micro_batches_of_any_size_are_preconditioned_as_a_whole(sizes, first, caplog):
     def gradients(apply: str) -> list[Tensor]:
         model, found = wide(), []
         optimizer = sgd(model)
@@ -88,6 +90,26 @@ def test_micro_batches_of_any_size_are_preconditioned_as_a_whole(sizes, first):
 
     for mine, expected in zip(gradients("auto"), gradients("gradient"), strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-12)
+    assert "gradient space" not in caplog.text
+
+
+@pytest.mark.parametrize("sizes", [(20, 200), (200, 20)])
+def test_forwards_of_any_size_in_one_backward_are_of_one_kind(sizes, caplog):
+    def gradients(apply: str) -> list[Tensor]:
+        model, found = wide(), []
+        optimizer = sgd(model)
+        with Preconditioner(model, optimizer, **settings(apply=apply)) as pre:
+            for step in range(4):
+                optimizer.zero_grad()
+                losses = (loss_of(model, size, 10 * step + size) for size in sizes)
+                sum(losses).backward()
+                pre.step()
+                found.append(flat(model))
+        return found
+
+    for mine, expected in zip(gradients("auto"), gradients("gradient"), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-12)
+    assert "gradient space" not in caplog.text
 
 
 @BOTH

@@ -69,7 +69,8 @@ class PreconditionerConfig:
         kl_clip: κ > 0 of `trust="kl"` (schedule).
         apply: Where fully connected layers are preconditioned: `"row"` turns the rows
             inside the backward, `"gradient"` the gradient after it, `"auto"` takes
-            what costs less for each layer. The results are the same.
+            what costs less for each layer, by its first forward of a step. The results
+            are the same.
         skip: Patterns (as in `fnmatch`) of layer names to leave alone, silently.
         grad_scaler: The trainer's `torch.amp.GradScaler`. `step` unscales the
             gradients unless that has been done.

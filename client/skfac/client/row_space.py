@@ -129,6 +129,9 @@ class RowSpace:
         self._pending: list[list[tuple[int, Rows]]] = [[] for _ in layers]
         self._given: dict[int, list[tuple[int, int]]] = {}
         self._raw: set[int] = set()  # whose gradients of this step began as raw ones
+        # The first forward of a layer in a step decides for all of them: gradients of
+        # both kinds would add up otherwise.
+        self._chosen: dict[int, bool] = {}
         self._sampling = False
         self.used: set[int] = set()
         self.active = {
@@ -156,6 +159,7 @@ class RowSpace:
         backwards, self._backwards[index] = self._backwards[index], []
         self._pending[index].clear()
         self._raw.discard(index)
+        self._chosen.pop(index, None)
         if index not in self.active:
             self._replaced.discard(index)
         (self.used.add if backwards else self.used.discard)(index)
@@ -248,16 +252,20 @@ class RowSpace:
         self._forget_thrown_away(index)
         if index not in self._replaced:
             return None
-        rows = output.numel() // output.shape[-1] * self._passes
-        d_in, d_out = layer.geometry.d_in, layer.geometry.d_out
-        saved = d_in * d_out - rows * (d_in + d_out)
-        if not (self._always or saved >= _WORTH_IT):
+        if index not in self._chosen:
+            self._chosen[index] = self._always or self._is_worth_it(layer, output)
+        if not self._chosen[index]:
             return None
         self._begin_to_watch(index)
         replaced: Tensor = _RowBackward.apply(  # type: ignore[no-untyped-call]
             output.detach(), inputs, layer.weight, layer.bias, self, index
         )
         return replaced
+
+    def _is_worth_it(self, layer: TrackedLayer, output: Tensor) -> bool:
+        rows = output.numel() // output.shape[-1] * self._passes
+        d_in, d_out = layer.geometry.d_in, layer.geometry.d_out
+        return d_in * d_out - rows * (d_in + d_out) >= _WORTH_IT
 
     def _forget_thrown_away(self, index: int) -> None:
         if self._layers[index].weight.grad is None:
