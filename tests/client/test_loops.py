@@ -101,8 +101,8 @@ def test_forwards_of_any_size_in_one_backward_are_of_one_kind(sizes, caplog):
         with Preconditioner(model, optimizer, **settings(apply=apply)) as pre:
             for step in range(4):
                 optimizer.zero_grad()
-                losses = (loss_of(model, size, 10 * step + size) for size in sizes)
-                sum(losses).backward()
+                losses = [loss_of(model, size, 10 * step + size) for size in sizes]
+                torch.stack(losses).sum().backward()
                 pre.step()
                 found.append(flat(model))
         return found
