@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from skfac.client import ConfigurationError, LevenbergMarquardt, Preconditioner
 from tests.support.models import batch_at, sgd, small_cnn
@@ -119,6 +120,47 @@ def test_a_trainer_raises_its_damping_when_the_loss_rises():
     adapting(resumed, steps=0, state=state)
     assert resumed(0) == values[-1]
     assert not resumed.wants(11, 10)
+
+
+@pytest.mark.parametrize("idle", ["unused", "frozen"])
+def test_a_layer_without_gradients_is_not_waited_for(idle):
+    model = nn.ModuleDict({"used": nn.Linear(4, 4), "other": nn.Linear(4, 4)})
+    optimizer, damping = sgd(model), LevenbergMarquardt(0.1, every=1)
+    judged = 0
+    with Preconditioner(
+        model, optimizer, damping=damping, update_every=1, on_late="wait"
+    ) as pre:
+        for step in range(8):
+            model["other"].requires_grad_(step < 2)
+            found = model["used"](torch.randn(5, 4))
+            if idle == "frozen":
+                found = found + model["other"](torch.randn(5, 4))
+            found.square().mean().backward()
+            pre.step()
+            optimizer.zero_grad()
+            if pre.wants_losses:
+                judged += 1
+                pre.observe_losses(1.0, 0.0)
+
+    assert judged > 2
+
+
+@pytest.mark.parametrize("trust", ["graft", "none"])
+def test_a_small_step_does_what_was_predicted(trust):
+    torch.manual_seed(0)
+    model, inputs = nn.Linear(4, 3).double(), torch.randn(9, 4).double()
+    optimizer, damping = torch.optim.SGD(model.parameters(), lr=1e-6), 0.1
+    with Preconditioner(
+        model, optimizer, damping=LevenbergMarquardt(damping), lag=0, trust=trust
+    ) as pre:
+        before = model(inputs).square().mean()
+        before.backward()
+        pre.step()
+        optimizer.step()
+        decrease = float(before.detach() - model(inputs).square().mean().detach())
+        predicted = pre._apply.prediction.decrease
+
+    assert decrease == pytest.approx(predicted, rel=1e-3)
 
 
 def test_losses_are_asked_for_by_adaptive_damping_only():

@@ -14,6 +14,7 @@ from skfac.client.config import PreconditionerConfig
 from skfac.client.layers import track_layers
 from skfac.client.outbox import Outbox
 from skfac.curvature.positions import draw_positions
+from skfac.wire.errors import ConfigurationError
 from tests.support.dense import geometry_for
 
 
@@ -107,6 +108,30 @@ def test_an_input_may_be_given_by_name():
     (rows,) = rows_of(capture)
 
     assert torch.equal(rows.activations[:, :-1], inputs)
+
+
+def test_an_input_may_come_by_name_behind_others():
+    layer, inputs = nn.ConvTranspose1d(1, 2, 3), torch.randn(5, 1, 4)
+    capture = captured(layer)
+    layer(output_size=[6], input=inputs).sum().backward()
+    (rows,) = rows_of(capture)
+
+    assert len(rows.activations) == 5
+
+
+def test_a_forward_that_ran_ahead_gives_no_rows_of_another_step():
+    layer = nn.Linear(3, 2)
+    capture = captured(layer)
+    here, ahead = layer(torch.randn(4, 3)), layer(torch.randn(6, 3))
+    here.sum().backward()
+    (rows,) = rows_of(capture)
+    capture.arm(None)  # nothing is due in the next step
+    ahead.sum().backward()
+    capture.arm(9)
+    layer(torch.randn(5, 3)).sum().backward()
+    (later,) = capture.take(9).wait().layers
+
+    assert (rows.count, later.count) == (4, 5)
 
 
 def test_rows_have_the_wire_s_type():
@@ -269,6 +294,20 @@ def test_a_sampled_loss_gives_all_derivatives_and_no_gradients():
     (rows,) = rows_of(capture)
 
     torch.testing.assert_close(rows.derivatives, torch.full((4, 2), 3.0))
+
+
+def test_two_draws_of_one_forward_are_refused():
+    layer = nn.Linear(3, 2)
+    capture = captured(layer, fisher="monte_carlo")
+    output = layer(torch.randn(4, 3))
+
+    def draw() -> None:
+        with capture.sampling():
+            torch.autograd.grad(output.mean(), layer.weight, retain_graph=True)
+
+    draw()
+    with pytest.raises(ConfigurationError, match="twice for one forward"):
+        draw()
 
 
 def test_a_call_that_no_geometry_describes_gives_no_rows(caplog):

@@ -80,6 +80,43 @@ def test_modules_that_share_a_weight_and_not_the_bias_pass_through():
         assert tracked(model) == ["2"]
 
 
+def test_modules_that_share_a_bias_and_not_the_weight_pass_through():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].bias = model[0].bias
+
+    with pytest.warns(PassThroughWarning, match="Linear: 0, 1"):
+        assert tracked(model) == ["2"]
+
+
+def test_looking_at_a_parametrized_layer_changes_nothing():
+    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(30, 30))
+    model = nn.Sequential(layer, nn.Linear(30, 3))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    with pytest.warns(PassThroughWarning, match="ParametrizedLinear: 0"):
+        assert tracked(model) == ["1"]
+
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("change", ["weight", "bias", "no bias", "untied"])
+def test_parameters_that_are_replaced_are_noticed(change):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight, model[1].bias = model[0].weight, model[0].bias
+    (layer,) = track_layers(model, torch.optim.SGD(model.parameters(), lr=0.1), ())
+    layer.check_parameters()
+    if change == "weight":
+        model[0].weight = nn.Parameter(torch.randn(3, 3))
+    elif change == "untied":
+        model[1].weight = nn.Parameter(torch.randn(3, 3))
+    else:
+        model[0].bias = None if change == "no bias" else nn.Parameter(torch.randn(3))
+
+    with pytest.raises(ConfigurationError, match="'0' has got other parameters"):
+        layer.check_parameters()
+
+
 def test_an_embedding_tied_to_a_head_passes_through():
     model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 3), nn.Linear(3, 5, False))
     model[2].weight = model[0].weight
@@ -144,3 +181,27 @@ def test_the_learning_rate_is_the_one_of_its_group_now():
     optimizer.param_groups[1]["lr"] = torch.tensor(0.25)
 
     assert [layer.learning_rate for layer in layers] == [0.1, 0.25]
+
+
+def test_the_larger_rate_of_weight_and_bias_counts():
+    model = nn.Linear(3, 4)
+    groups = [{"params": [model.weight], "lr": 0.1}, {"params": [model.bias]}]
+    optimizer = torch.optim.SGD(groups, lr=0.2)
+    (layer,) = track_layers(model, optimizer, ())
+
+    assert layer.learning_rate == 0.2
+    optimizer.param_groups[1]["lr"] = torch.tensor(0.01)
+    assert float(layer.learning_rate) == pytest.approx(0.1)
+
+
+def test_groups_may_come_and_go():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4))
+    groups = [{"params": list(layer.parameters()), "lr": 0.1} for layer in model]
+    groups[1]["lr"] = 0.2
+    optimizer = torch.optim.SGD(groups)
+    layers = track_layers(model, optimizer, ())
+
+    optimizer.param_groups.reverse()
+    assert [layer.learning_rate for layer in layers] == [0.1, 0.2]
+    del optimizer.param_groups[0]
+    assert [layer.learning_rate for layer in layers] == [0.1, 0.0]

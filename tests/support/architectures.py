@@ -339,7 +339,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         _sequences,
         tracked=1,
         passed={"LSTM": 1},
-        checkpoint=lambda model: _checkpoint(model, "head"),
+        checkpoint=lambda model: _checkpoint(model, ""),
         backend="inductor",
     ),
 }

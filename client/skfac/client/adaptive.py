@@ -9,9 +9,13 @@ the damping while the steps that it judges still use the old one.
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
+from torch import Tensor
+
 from skfac.wire.errors import ConfigurationError
+from skfac.wire.outcome import Version
 
 _TRUSTED = 0.75
 _DISTRUSTED = 0.25
@@ -79,7 +83,7 @@ class LevenbergMarquardt:
         Args:
             step: It.
             oldest_version: Capture step of the oldest version that it used; None if a
-                layer had none.
+                layer with a gradient had none.
 
         Returns:
             Whether its losses are asked for.
@@ -112,3 +116,27 @@ class LevenbergMarquardt:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was called."""
         self._value, self._changed_at = state["value"], state["changed_at"]
+
+
+def oldest_step(versions: Iterable[Version | None]) -> int | None:
+    """Find the oldest of some versions.
+
+    Returns:
+        Its capture step; None if one is missing, or there are none.
+    """
+    steps = [None if version is None else version.step for version in versions]
+    known = [step for step in steps if step is not None]
+    return min(known, default=None) if len(known) == len(steps) else None
+
+
+def difference(before: float | Tensor, after: float | Tensor) -> float:
+    """Tell how far a loss fell.
+
+    Returns:
+        `before - after`.
+    """
+    first, second = (
+        float(loss.detach()) if isinstance(loss, Tensor) else loss
+        for loss in (before, after)
+    )
+    return first - second

@@ -37,8 +37,9 @@ class Prediction:
     """What the latest step does to the loss if the curvature is right: scalars.
 
     Attributes:
-        slope: `Σ_layers lr <P, ∇W>` of the directions before the trust region.
-        square: `Σ_layers lr² <P, ∇W>`, which bounds `lr² <P, F P>`.
+        slope: `Σ_layers lr <P, ∇W>` of the directions before the trust region, or as
+            `trust="graft"` has scaled them.
+        square: `Σ_layers lr² <P, ∇W>`, which bounds `lr² <P, F P>`; likewise.
         scale: ν of `trust="kl"`, else 1.
     """
 
@@ -62,6 +63,7 @@ class Apply:
 
     Attributes:
         prediction: Of the latest step; None before the first.
+        taking_part: The indices of the layers that had a gradient in it.
         not_finite: Layer-steps whose gradient was not finite.
     """
 
@@ -76,6 +78,7 @@ class Apply:
         self._stacks = Stacks(layers, ready)
         self._said = False
         self.prediction: Prediction | None = None
+        self.taking_part: list[int] = []
 
     @property
     def not_finite(self) -> int:
@@ -119,11 +122,12 @@ class Apply:
             return
         with phase("trust"):
             clip = kl_clip if trust == "kl" else None
-            self.prediction = self._predict(directions, clip)
-            if trust == "graft":
-                factors = _grafts(directions)
-            else:
+            grafts = _grafts(directions) if trust == "graft" else None
+            self.prediction = self._predict(directions, clip, grafts)
+            if grafts is None:
                 factors = [Factor(self.prediction.scale)] * len(directions)
+            else:
+                factors = _factors_of(directions, grafts)
             write(zip(directions, factors, strict=True))
 
     def _say_nothing_there(self) -> None:
@@ -140,8 +144,11 @@ class Apply:
         found: list[Direction] = []
         parts: dict[int, Part] = {}
         stackable: dict[int, LayerPreconditioner] = {}
+        self.taking_part = []
         for index in range(len(self._layers)):
             one = self._begin(index, versions, loss_scale)
+            if one is not None:
+                self.taking_part.append(index)
             if isinstance(one, Part):
                 parts[index] = one
             elif isinstance(one, LayerPreconditioner):
@@ -177,7 +184,10 @@ class Apply:
         return Part(layer.shard, gradient, ready)
 
     def _predict(
-        self, directions: Sequence[Direction], kl_clip: float | None
+        self,
+        directions: Sequence[Direction],
+        kl_clip: float | None,
+        grafts: Tensor | None,
     ) -> Prediction:
         products = _over_ranks([one.inner() for one in directions], directions)
         layers = _layers_of(directions)
@@ -189,6 +199,8 @@ class Apply:
             if self._not_finite is None
             else on_device(self._not_finite, count.device) + count
         )
+        if grafts is not None:  # the step that is taken counts
+            lr = lr * grafts.where(finite, 0.0)
         products = products.where(finite, 0.0)
         square = (products * lr.square()).sum()
         scale = torch.ones_like(square)
@@ -216,11 +228,14 @@ def _plain(rate: float | Tensor) -> float | Tensor:
     return float(rate) if on_host else rate
 
 
-def _grafts(directions: Sequence[Direction]) -> list[Factor]:
+def _grafts(directions: Sequence[Direction]) -> Tensor:
     sides = zip(*(one.squares() for one in directions), strict=True)
     gradients, squares = (_over_ranks(side, directions) for side in sides)
-    scales = graft_scale(gradients, squares)
-    split = torch.split(scales, [len(one.layers) for one in directions])
+    return graft_scale(gradients, squares)
+
+
+def _factors_of(directions: Sequence[Direction], grafts: Tensor) -> list[Factor]:
+    split = torch.split(grafts, [len(one.layers) for one in directions])
     return [
         Factor(own if isinstance(one, InStack) else own.squeeze(0))
         for one, own in zip(directions, split, strict=True)

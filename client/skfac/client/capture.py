@@ -19,6 +19,7 @@ from skfac.curvature.geometry import LayerGeometry
 from skfac.curvature.positions import Empty, Positions, all_positions, draw_positions
 from skfac.curvature.settings import CurvatureSettings
 from skfac.curvature.tensors import in_dtype, without_graph
+from skfac.wire.errors import ConfigurationError
 from skfac.wire.report import NO_STEPS, StepReport
 from skfac.wire.snapshot import LayerRows, Snapshot
 from skfac.wire.staging import HostCopy, Staging
@@ -245,6 +246,9 @@ class Capture:
     def _record(self, index: int, inputs: Tensor, output: Tensor) -> Tensor | None:
         assert self._step is not None
         layer = self._layers[index]
+        if inputs.layout != torch.strided or inputs.is_nested:
+            self._say_unsupported(layer.name, "its input is sparse or nested.")
+            return None
         # In a backward a forward is one of a checkpoint.
         if self._config.fisher != "monte_carlo" and backward_id() < 0:
             self._forget_thrown_away(index)
@@ -281,8 +285,10 @@ class Capture:
         scale: float | Tensor,
         derivatives: Tensor,
     ) -> None:
-        if self._sampling != (self._config.fisher == "monte_carlo"):
-            return
+        if self._step is None or (
+            self._sampling != (self._config.fisher == "monte_carlo")
+        ):
+            return  # of a forward that ran ahead of its step
         layer, empty = self._layers[index], partial(self._empty, index)
         if layer.shard is None and not self._sampling:
             self._forget_thrown_away(index)  # between the forward and now
@@ -292,6 +298,11 @@ class Capture:
                 positions,
                 scale=scale,
                 empty=empty,
+            )
+        if self._sampling and call.derivatives is not None:
+            raise ConfigurationError(
+                "capture_from was called twice for one forward: take the rows of one "
+                "draw for each."
             )
         if call not in self._calls[index]:
             self._calls[index].append(call)
@@ -334,7 +345,7 @@ class Capture:
             return like.new_empty(shape)
         return self._host_empty(index, shape, like.dtype)
 
-    def _say_unsupported(self, name: str, error: ValueError) -> None:
+    def _say_unsupported(self, name: str, error: ValueError | str) -> None:
         # Its rows are missing then: the layer keeps the version that it has.
         self._say_once(name, "Layer %r gives no rows: %s", name, error)
 

@@ -74,8 +74,8 @@ class PreconditionerConfig:
         skip: Patterns (as in `fnmatch`) of layer names to leave alone, silently.
         grad_scaler: The trainer's `torch.amp.GradScaler`. `step` unscales the
             gradients unless that has been done.
-        accumulation_steps: Backward passes before each step, each of a loss that is
-            divided by as many.
+        accumulation_steps: Backward passes before each step, each of a mean that is
+            divided by as many, or of a sum as it is.
         process_group: Ranks that train one model together, with gradients averaged
             over them (`DistributedDataParallel` or an all-reduce of one's own); None
             for all processes of `torch.distributed`, if it is in use.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from skfac.client.layers import TrackedLayer
-from skfac.client.row_space import Rows
+from skfac.client.rows import Rows
 from skfac.curvature.stacks import for_each
 from skfac.curvature.trust import inner
 

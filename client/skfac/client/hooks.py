@@ -106,9 +106,13 @@ class ForwardHook:
             or forward_ad._current_level >= 0
         ):
             return None
-        inputs = positional[0] if positional else next(iter(named.values()))
+        inputs = positional[0] if positional else _input_of(named)
         with without_autocast(output.device.type):
             return body(inputs, output)
+
+
+def _input_of(named: dict[str, Tensor]) -> Tensor:
+    return named["input"] if "input" in named else next(iter(named.values()))
 
 
 # Only where a compiler looks: the wrapper costs as much as a small layer.

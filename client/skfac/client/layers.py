@@ -3,12 +3,13 @@
 import fnmatch
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from skfac.client.rates import LearningRates
 from skfac.client.shards import FullySharded, Shard, is_sharded, local, shard_of
 from skfac.curvature.geometry import LayerGeometry, geometry_of
 from skfac.wire.errors import ConfigurationError
@@ -31,8 +32,7 @@ class TrackedLayer:
         weight: The parameter.
         bias: The other parameter, or None if the layer trains none.
         geometry: How its inputs and derivatives become rows.
-        optimizer: Trains it.
-        group: Which of the optimizer's parameter groups has the weight.
+        rates: The learning rates of what trains it.
         shard: Which part of the gradient this rank has; None if all of it.
     """
 
@@ -41,8 +41,7 @@ class TrackedLayer:
     weight: nn.Parameter
     bias: nn.Parameter | None
     geometry: LayerGeometry
-    optimizer: torch.optim.Optimizer
-    group: int
+    rates: LearningRates
     shard: Shard | None = None
 
     @property
@@ -61,10 +60,8 @@ class TrackedLayer:
 
     @property
     def learning_rate(self) -> float | Tensor:
-        """The current learning rate of the weight."""
-        # Looked up anew: `load_state_dict` puts other groups there.
-        rate: float | Tensor = self.optimizer.param_groups[self.group]["lr"]
-        return rate
+        """The current learning rate; the larger one of weight and bias."""
+        return self.rates.of(self.weight, self.bias)
 
     def runs_in(self, module: nn.Module) -> bool:
         """Check that a module computes with this layer's parameters.
@@ -84,13 +81,19 @@ class TrackedLayer:
         Raises:
             ConfigurationError: If it has others.
         """
-        weight = getattr(self.modules[0], "weight", None)
-        if weight is self.weight or (self.shard is not None and not is_sharded(weight)):
+        if all(map(self._has_ours, self.modules)):
             return
         raise ConfigurationError(
             f"Layer {self.name!r} has got other parameters since the Preconditioner "
             "was made. Call fully_shard, and make the optimizer, before it."
         )
+
+    def _has_ours(self, module: nn.Module) -> bool:
+        weight = getattr(module, "weight", None)
+        if self.shard is not None:
+            return weight is self.weight or not is_sharded(weight)
+        bias = getattr(module, "bias", None) if self.geometry.bias else None
+        return weight is self.weight and bias is self.bias
 
     def gradient(self) -> Tensor | None:
         """Read the gradient with the bias as last column.
@@ -153,11 +156,8 @@ def track_layers(
     """
     _check_trained(model, optimizer)
     sharded = FullySharded(model)
-    groups = {
-        id(parameter): place
-        for place, group in enumerate(optimizer.param_groups)
-        for parameter in group["params"]
-    }
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    rates = LearningRates(optimizer)
     tracked, passed = [], []
     refused = [
         f"{name!r}, because FullyShardedDataParallel (FSDP1) flattens its parameters: "
@@ -165,12 +165,14 @@ def track_layers(
         for name in sharded.flat
         if not any(fnmatch.fnmatch(name, pattern) for pattern in skip)
     ]
-    for modules in _by_weight(model, groups):
+    found = _by_weight(model, trained)
+    shared = _shared_biases(found)
+    for modules in found:
         names = [name for name, _ in modules]
         if any(fnmatch.filter(names, pattern) for pattern in skip):
             continue
         try:
-            layer = _track(modules, optimizer, groups, sharded)
+            layer = _track(modules, rates, trained - shared, sharded)
         except ValueError as error:
             refused.append(f"{names[0]!r}, because {error}")
             continue
@@ -183,7 +185,7 @@ def track_layers(
     if passed:
         warnings.warn(_passed_text(passed), PassThroughWarning, stacklevel=3)
     if not tracked:
-        if not any(id(parameter) in groups for parameter in model.parameters()):
+        if not any(id(parameter) in trained for parameter in model.parameters()):
             raise ConfigurationError(
                 "The optimizer has none of this model's parameters."
             )
@@ -195,30 +197,48 @@ def track_layers(
 
 
 def _by_weight(
-    model: nn.Module, groups: Mapping[int, int]
-) -> Iterable[list[tuple[str, nn.Module]]]:
+    model: nn.Module, trained: Set[int]
+) -> list[list[tuple[str, nn.Module]]]:
     # Modules that train and their names, those that share their weight together.
     sharing: dict[int, list[tuple[str, nn.Module]]] = defaultdict(list)
     for name, module in model.named_modules():
-        own = [p for p in module.parameters(recurse=False) if id(p) in groups]
-        trained = [p for p in own if p.requires_grad]
-        if not trained:
+        own = [p for p in module.parameters(recurse=False) if id(p) in trained]
+        own = [p for p in own if p.requires_grad]
+        if not own:
             continue
-        weight = getattr(module, "weight", None)
-        key = id(weight) if any(p is weight for p in trained) else id(module)
+        weight = _weight_of(module)
+        key = id(weight) if any(p is weight for p in own) else id(module)
         # A model that is a layer itself has no other name.
         sharing[key].append((name or "model", module))
-    return sharing.values()
+    return list(sharing.values())
+
+
+def _weight_of(module: nn.Module) -> nn.Parameter | None:
+    # To read what a parametrization computes may change its state.
+    return module._parameters.get("weight")
+
+
+def _shared_biases(found: Iterable[list[tuple[str, nn.Module]]]) -> set[int]:
+    # Those of layers with different weights: in no single matrix.
+    owners: dict[int, set[int]] = defaultdict(set)
+    for modules in found:
+        for _, module in modules:
+            bias = module._parameters.get("bias")
+            if bias is not None:
+                owners[id(bias)].add(id(modules))
+    return {bias for bias, own in owners.items() if len(own) > 1}
 
 
 def _track(
     named: list[tuple[str, nn.Module]],
-    optimizer: torch.optim.Optimizer,
-    groups: Mapping[int, int],
+    rates: LearningRates,
+    trained: Set[int],
     sharded: FullySharded,
 ) -> TrackedLayer | None:
     name, first = named[0]
     modules = [module for _, module in named]
+    if _weight_of(first) is None:
+        return None
     geometry = geometry_of(first)
     if geometry is None or any(geometry_of(m) != geometry for m in modules[1:]):
         return None
@@ -227,15 +247,12 @@ def _track(
     assert bias is None or isinstance(bias, nn.Parameter)
     if geometry.bias and any(module.bias is not bias for module in modules):
         return None  # one weight, several biases: not one matrix
-    group = groups.get(id(weight))
-    if group is None or not weight.requires_grad:
+    if id(weight) not in trained or not weight.requires_grad:
         return None
-    if bias is not None and id(bias) not in groups:
+    if bias is not None and id(bias) not in trained:
         return None
     shard = shard_of(weight, bias, geometry, fully_sharded=sharded.has(name))
-    return TrackedLayer(
-        name, tuple(modules), weight, bias, geometry, optimizer, group, shard
-    )
+    return TrackedLayer(name, tuple(modules), weight, bias, geometry, rates, shard)
 
 
 def _check_trained(model: object, optimizer: object) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from skfac.client.adaptive import LevenbergMarquardt
+from skfac.client.adaptive import LevenbergMarquardt, difference, oldest_step
 from skfac.client.apply import Apply
 from skfac.client.capture import Capture
 from skfac.client.checkpoint import from_state_dict, to_state_dict
@@ -180,9 +180,9 @@ class Preconditioner:
     def capture_from(self, sampled_loss: Tensor) -> None:
         """Take this step's curvature from a loss against targets the model drew.
 
-        For `fisher="monte_carlo"`: call it before the backward of the training loss. It
-        runs a second backward in steps that capture a snapshot, and nothing in others;
-        gradients of parameters are not touched.
+        For `fisher="monte_carlo"`: call it once for each forward, right before the
+        backward of the training loss. It runs a second backward in steps that capture a
+        snapshot, and nothing in others; gradients of parameters are not touched.
 
         Example:
             ```python
@@ -222,9 +222,9 @@ class Preconditioner:
         damping, step = self.config.damping, self._step - 1
         if not isinstance(damping, LevenbergMarquardt) or step < 0:
             return False
-        steps = [None if v is None else v.step for v in self._due.at(step)]
-        known = [step for step in steps if step is not None]
-        return damping.wants(step, min(known) if len(known) == len(steps) else None)
+        versions = self._due.at(step)
+        used = (versions[index] for index in self._apply.taking_part)
+        return damping.wants(step, oldest_step(used))
 
     def observe_losses(self, before: float | Tensor, after: float | Tensor) -> None:
         """Show adaptive damping what a step did to the loss of its own batch.
@@ -252,7 +252,7 @@ class Preconditioner:
             raise ConfigurationError(
                 "observe_losses needs damping=LevenbergMarquardt() and a step."
             )
-        decrease = self._world.mean(_plain(before) - _plain(after))
+        decrease = self._world.mean(difference(before, after))
         decrease = decrease if math.isfinite(decrease) else -math.inf
         damping.observe(
             self._step - 1, decrease=decrease, predicted=prediction.decrease
@@ -308,6 +308,7 @@ class Preconditioner:
         names = [layer.name for layer in self._layers]
         state = to_state_dict(self._step, names, versions, history)
         state["next_capture"] = self._next_capture
+        state["gradient_space"] = [names[index] for index in sorted(self._rows.left)]
         if isinstance(self.config.damping, LevenbergMarquardt):
             state["damping"] = self.config.damping.state_dict()
         return state
@@ -327,6 +328,7 @@ class Preconditioner:
         self._step, versions, history = from_state_dict(state, names)
         self._store.restore(versions)
         self._next_capture = state["next_capture"]
+        self._rows.leave(map(names.index, state.get("gradient_space", ())))
         if isinstance(self.config.damping, LevenbergMarquardt) and "damping" in state:
             self.config.damping.load_state_dict(state["damping"])
         if history is not None:
@@ -394,7 +396,3 @@ class Preconditioner:
     def _arm(self) -> None:
         due = self._step == self._next_capture
         self._capture.arm(self._step if due else None)
-
-
-def _plain(loss: float | Tensor) -> float:
-    return float(loss.detach()) if isinstance(loss, Tensor) else loss

@@ -7,15 +7,14 @@ The weight gradient of `B` rows is `Dᵀ X`, so
 
 turning the rows costs `4 B n (d_in + d_out)` operations, turning the gradient
 `8 n d_in d_out`. It is linear in the rows, so that accumulation, loss scales and means
-over ranks work as for any gradient. What a trust region asks for needs no pass over the
-weights either: `<P, ∇W> = Σ_{b,b'} (D̃ Dᵀ)_{bb'} (X̃ Xᵀ)_{bb'}`.
+over ranks work as for any gradient.
 
 A forward hook replaces the layer's output by the same tensor with another backward, so
 the module keeps its class, name, parameters and other hooks.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
@@ -24,12 +23,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules import module as torch_modules
 from torch.utils.hooks import RemovableHandle
 
 from skfac.client.config import PreconditionerConfig
-from skfac.client.hooks import HookedLayers, backward_id, without_autocast
+from skfac.client.hooks import (
+    ForwardHook,
+    HookedLayers,
+    backward_id,
+    without_autocast,
+)
 from skfac.client.layers import TrackedLayer
 from skfac.client.phases import phase
+from skfac.client.rows import Rows
 from skfac.curvature.inverse import DenseInverse, LowRankInverse
 from skfac.curvature.layer import LayerPreconditioner
 from skfac.curvature.tensors import in_dtype
@@ -43,63 +49,23 @@ _WORTH_IT = 2**15
 
 FULLY_CONNECTED = {"linear", "hf_conv1d"}
 
+_ELSEWHERE = "its weight gets gradients from elsewhere, too"
+_HARM = (
+    " In this step a part of its gradient may have missed the preconditioner. "
+    "apply='gradient' silences this."
+)
+
 Provide = Callable[[int, torch.device, torch.dtype], LayerPreconditioner | None]
 """Finds what a layer is preconditioned with in this step, by its index."""
 
 
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """The rows of one or more backwards of a layer, as they are and preconditioned.
-
-    With a bias the activations have a last column of ones, which is not in memory.
-
-    Attributes:
-        activations: `X` without that column, shape `[B, features]`.
-        derivatives: `D`, shape `[B, d_out]`.
-        turned_activations: `X̃` without its last column, shaped like `X`.
-        turned_derivatives: `D̃`, shaped like `D`.
-        turned_ones: The last column of `X̃`, shape `[B]`; zero without a bias.
-        ones: The last column of `X`; zero without a bias.
-    """
-
-    activations: Tensor
-    derivatives: Tensor
-    turned_activations: Tensor
-    turned_derivatives: Tensor
-    turned_ones: Tensor
-    ones: Tensor
-
-    def inner(self) -> Tensor:
-        """Multiply direction and gradient.
-
-        Returns:
-            `<P, ∇W>`, a scalar.
-        """
-        return _inner(self._turned, self._raw)
-
-    def gradient_square(self) -> Tensor:
-        """Square the gradient.
-
-        Returns:
-            `‖∇W‖²`, a scalar.
-        """
-        return _inner(self._raw, self._raw)
-
-    def direction_square(self) -> Tensor:
-        """Square the direction.
-
-        Returns:
-            `‖P‖²`, a scalar.
-        """
-        return _inner(self._turned, self._turned)
-
-    @property
-    def _raw(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.activations, self.ones, self.derivatives
-
-    @property
-    def _turned(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.turned_activations, self.turned_ones, self.turned_derivatives
+@dataclass(frozen=True)
+class _Given:
+    # A weight gradient that a backward made here; no reference to it, as torch would
+    # copy a gradient that somebody else holds.
+    backward: int
+    mark: tuple[int, int]
+    turned: bool
 
 
 class RowSpace:
@@ -107,10 +73,13 @@ class RowSpace:
 
     A layer falls back to gradient space, for good and saying so, when its weight gets
     a gradient that does not come from its own rows: in row space that part would
-    miss the preconditioner.
+    miss the preconditioner. So does one that is used several times in a backward, as
+    nobody could tell then. Gradients are looked at from the first step on, so that
+    most of this is known before there are versions.
 
     Attributes:
         active: Indices of the layers that may be preconditioned here.
+        left: Indices of those that fell back.
         used: Indices of those that were, in the latest step.
     """
 
@@ -127,13 +96,14 @@ class RowSpace:
         self._provide = provide
         self._backwards: list[list[Rows]] = [[] for _ in layers]
         self._pending: list[list[tuple[int, Rows]]] = [[] for _ in layers]
-        self._given: dict[int, list[tuple[int, int]]] = {}
+        self._given: dict[int, list[_Given]] = {}
         self._raw: set[int] = set()  # whose gradients of this step began as raw ones
         # The first forward of a layer in a step decides for all of them: gradients of
         # both kinds would add up otherwise.
         self._chosen: dict[int, bool] = {}
         self._sampling = False
         self.used: set[int] = set()
+        self.left: set[int] = set()
         self.active = {
             index
             for index, layer in enumerate(layers)
@@ -182,6 +152,12 @@ class RowSpace:
         finally:
             self._sampling = False
 
+    def leave(self, indices: Iterable[int]) -> None:
+        """Send layers to gradient space for good, from the next step on."""
+        for index in indices:
+            self.active.discard(index)
+            self.left.add(index)
+
     def close(self) -> None:
         """Remove the hooks; idempotent."""
         self._hooks.remove()
@@ -208,14 +184,19 @@ class RowSpace:
         dtype = layer.weight.dtype
         x, d = (in_dtype(_flat(rows), dtype) for rows in (inputs, derivatives))
         if torch.is_grad_enabled():
-            self._demote(index, "it takes part in a double backward")
+            self._demote(index, "it takes part in a double backward", harm=True)
         ready = None
         if index in self.active and index not in self._raw:
             ready = self._provide(index, d.device, dtype)
         if ready is None:
-            weight = d.T @ x
-            return _as_weight(layer, weight), None if layer.bias is None else d.sum(0)
-        return self._turned(index, ready, x, d)
+            weight = _as_weight(layer, d.T @ x)
+            bias = None if layer.bias is None else d.sum(0)
+        else:
+            weight, bias = self._turned(index, ready, x, d)
+        number, known = backward_id(), self._given.get(index, ())
+        given = _Given(number, _mark(weight), turned=ready is not None)
+        self._given[index] = [*(g for g in known if g.backward == number), given]
+        return weight, bias
 
     def _turned(
         self, index: int, ready: LayerPreconditioner, x: Tensor, d: Tensor
@@ -241,11 +222,7 @@ class RowSpace:
             weight = turned_x.T @ turned_d
         else:
             weight = turned_d.T @ turned_x
-        weight = in_dtype(weight, layer.weight.dtype)
-        # No reference: torch would copy a gradient that somebody else holds.
-        mark = weight.data_ptr(), weight._version
-        self._given.setdefault(index, []).append(mark)
-        return weight, bias
+        return in_dtype(weight, layer.weight.dtype), bias
 
     def _replace(self, index: int, inputs: Tensor, output: Tensor) -> Tensor | None:
         layer = self._layers[index]
@@ -253,8 +230,9 @@ class RowSpace:
         if index not in self._replaced:
             return None
         if index not in self._chosen:
-            self._chosen[index] = self._always or self._is_worth_it(layer, output)
-        if not self._chosen[index]:
+            worth_it = self._always or self._is_worth_it(layer, output)
+            self._chosen[index] = worth_it and _is_plain(layer, inputs)
+        if not (self._chosen[index] and _computes_alone(layer)):
             return None
         self._begin_to_watch(index)
         replaced: Tensor = _RowBackward.apply(  # type: ignore[no-untyped-call]
@@ -290,26 +268,32 @@ class RowSpace:
         self._backwards[index] += [rows for n, rows in pending if n == number]
         self._pending[index] = [(n, rows) for n, rows in pending if n != number]
 
-    def _watch(self, index: int, gradient: Tensor) -> None:
-        # The very tensor that this layer's backward has made, if nothing was added.
-        given = self._given.pop(index, [])
-        if not (given or self._backwards[index]):
-            self._raw.add(index)
+    def _watch(self, index: int, gradient: Tensor | None) -> None:
+        if gradient is None or self._sampling:
             return
-        mark = gradient.data_ptr(), gradient._version
-        if not given or (len(given) == 1 and given[0] != mark):
-            self._demote(index, "its weight gets gradients from elsewhere, too")
+        # The very tensor that this layer's backward has made, if nothing was added.
+        number, given = backward_id(), self._given.pop(index, [])
+        given = [one for one in given if one.backward == number]
+        turned = any(one.turned for one in given)
+        if not turned and not self._backwards[index]:
+            self._raw.add(index)
+        if len(given) > 1:
+            self._demote(index, "it is used several times in a backward", harm=turned)
+        elif given and given[0].mark != _mark(gradient):
+            self._demote(index, _ELSEWHERE, harm=turned)
+        elif not turned and self._backwards[index]:
+            self._demote(index, _ELSEWHERE, harm=True)
 
-    def _demote(self, index: int, why: str) -> None:
+    def _demote(self, index: int, why: str, *, harm: bool) -> None:
         if index not in self.active:
             return
-        self.active.discard(index)
-        logger.warning(
-            "Layer %r is preconditioned in gradient space from now on: %s. In this "
-            "step a part of its gradient may have missed the preconditioner. "
-            "apply='gradient' silences this.",
+        self.leave([index])
+        logger.log(
+            logging.WARNING if harm else logging.INFO,
+            "Layer %r is preconditioned in gradient space from now on: %s.%s",
             self._layers[index].name,
             why,
+            _HARM if harm else "",
         )
 
 
@@ -348,15 +332,6 @@ class _RowBackward(torch.autograd.Function):
         return None, by_input, by_weight, by_bias, None, None
 
 
-def _inner(
-    left: tuple[Tensor, Tensor, Tensor], right: tuple[Tensor, Tensor, Tensor]
-) -> Tensor:
-    # <Dᵀ X, Eᵀ Y> of two matrices from their rows: activations, their last column,
-    # derivatives.
-    (x, last, d), (y, others_last, e) = left, right
-    return torch.sum((d @ e.T) * torch.addr(x @ y.T, last, others_last))
-
-
 def _flat(values: Tensor) -> Tensor:
     return values if values.ndim == 2 else values.reshape(-1, values.shape[-1])
 
@@ -364,6 +339,29 @@ def _flat(values: Tensor) -> Tensor:
 def _as_weight(layer: TrackedLayer, matrix: Tensor) -> Tensor:
     # Between [d_out, features] and the weight's own layout, in both directions.
     return matrix.T if layer.geometry.kind == "hf_conv1d" else matrix
+
+
+def _mark(gradient: Tensor) -> tuple[int, int]:
+    return gradient.data_ptr(), gradient._version
+
+
+def _is_plain(layer: TrackedLayer, inputs: Tensor) -> bool:
+    # Float16 has no room for directions before the trust region has shortened them; a
+    # frozen bias has no rows.
+    if inputs.layout != torch.strided or inputs.is_nested:
+        return False
+    trained = layer.bias is None or layer.bias.requires_grad
+    return trained and layer.weight.dtype != torch.float16
+
+
+def _computes_alone(layer: TrackedLayer) -> bool:
+    # Whether an output is that of the weight only: what a forward of another kind or a
+    # hook before ours has done to it would not get its gradient.
+    return not torch_modules._global_forward_hooks and all(
+        "forward" not in vars(module)
+        and isinstance(next(iter(module._forward_hooks.values())), ForwardHook)
+        for module in layer.modules
+    )
 
 
 def _is_eligible(layer: TrackedLayer, config: PreconditionerConfig) -> bool:
