@@ -251,3 +251,21 @@ def test_forwards_without_a_backward_leave_nothing(monkeypatch):
         loss_of(model, 16, 9).backward()
         pre.step()
         assert pre.report()["raw_gradients"] == 2
+
+
+def test_inputs_too_large_for_the_damping_are_said(caplog):
+    torch.manual_seed(0)
+    model = nn.Linear(6, 4)
+    with Preconditioner(
+        model, sgd(model), damping=1e-3, lag=1, update_every=1, on_late="wait"
+    ) as pre:
+        for _ in range(2):
+            model.zero_grad()
+            model(300 * torch.rand(16, 6)).mean().backward()
+            pre.step()
+        report = pre.report()
+
+    assert report["layers"]["model"]["damping_factor"] > 1
+    assert report["versions"]["overdamped"] >= 1
+    assert "Layer 'model' has" in caplog.text
+    assert "times the damping that was asked for" in caplog.text

@@ -1,6 +1,7 @@
 """The rules of time, without a network: what is used when, and what is waited for."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -327,6 +328,18 @@ def test_a_server_that_forgot_its_history_is_told_of(caplog):
 
     assert store.counts["history_losses"] == 1
     assert "history of layer 'a' has 1 updates and had 2" in caplog.text
+
+
+def test_more_damping_than_was_asked_for_is_said_once_a_layer(caplog):
+    store = store_of()
+    for step in range(3):
+        store.expect(step)
+        more = replace(version(0, step), damping_factor=10.0)
+        store.link(0).receive([more, version(1, step)])
+
+    assert store.counts["overdamped"] == 3
+    (text,) = (r.message for r in caplog.records if "damping" in r.message)
+    assert "Layer 'a' has 10 times the damping that was asked for, at step 0" in text
 
 
 def test_memory_is_bounded():

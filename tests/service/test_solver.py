@@ -122,6 +122,7 @@ def test_a_bad_condition_is_helped_by_ten_times_the_damping(retries):
 
     assert solution.retries == retries
     assert isinstance(solution.outcome, Version)
+    assert solution.outcome.damping_factor == DAMPING_GROWTH**retries
     expected = precondition_layer(
         rows, rows, damping=damping * DAMPING_GROWTH**retries, split="pi"
     )

@@ -233,9 +233,12 @@ def test_a_preconditioner_gives_the_same_bits_on_the_other_end(count, dtype):
     here = precondition_layer(*rows, damping=1e-3, split="pi")
     gradient = normal(17, 30, seed=2).to(dtype)
 
-    (there,) = sent_outcomes([Version(0, 0, here, count, 1, 1)])
+    sent = Version(0, 0, here, count, 1, 1, damping_factor=100.0)
+
+    (there,) = sent_outcomes([sent])
 
     assert isinstance(there, Version)
+    assert there.damping_factor == 100
     assert same_bits(there.preconditioner.apply(gradient), here.apply(gradient))
 
 

@@ -113,6 +113,7 @@ def _encode(outcome: Outcome | None) -> dict[str, Any] | None:
         "rows": outcome.rows,
         "ranks": outcome.ranks,
         "updates": outcome.updates,
+        "damping_factor": outcome.damping_factor,
         "activations": _encode_inverse(outcome.preconditioner.activations),
         "derivatives": _encode_inverse(outcome.preconditioner.derivatives),
     }
@@ -128,7 +129,8 @@ def _decode(layer: int, entry: dict[str, Any] | None) -> Outcome | None:
         derivatives=_decode_inverse(entry["derivatives"]),
     )
     counts = entry["rows"], entry["ranks"], entry["updates"]
-    return Version(layer, entry["step"], preconditioner, *counts)
+    factor = entry.get("damping_factor", 1.0)  # which older states lack
+    return Version(layer, entry["step"], preconditioner, *counts, factor)
 
 
 def _encode_inverse(inverse: FactorInverse) -> dict[str, Any]:

@@ -31,7 +31,9 @@ class PreconditionerConfig:
 
     Attributes:
         damping: λ > 0, added to the Kronecker product of each layer's two factors
-            (schedule). A `LevenbergMarquardt` adapts it while training.
+            (schedule). A `LevenbergMarquardt` adapts it while training. Where a factor
+            has no inverse in the dtype of its rows, the engine tries 10, 100 and 1000
+            times as much, which is said, counted (`overdamped`) and reported.
         damping_split: `"equal"` gives both factors √λ as the authors of SKFAC do,
             `"pi"` weighs them by their mean eigenvalues.
         update_every: Steps between two snapshots, at least 1 (schedule, asked at each

@@ -265,8 +265,9 @@ class Preconditioner:
             Plain data: `step` (steps done), `rank`, `world_size`, `connected`,
             `failure` (why no server will answer, or None), `layers` (by name: the
             `version` in use, its `age` in steps, the `updates` in its history, its
-            `rank` (directions, of activations and derivatives), None if there is none;
-            where it is applied), `longest_step_s` (from one `step()` to the next),
+            `rank` (directions, of activations and derivatives) and `damping_factor`
+            (more than 1 where the damping did not do), None if there is none; where it
+            is applied), `longest_step_s` (from one `step()` to the next),
             `raw_gradients` (layer-steps without a version),
             `not_finite` (layer-steps whose gradient was not finite), `damping` (of the
             next snapshot), `trust_scale` (ν of the latest step), `waited_s`, `versions`

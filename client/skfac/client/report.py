@@ -42,7 +42,8 @@ def describe(
 
 def _of_version(version: Version | None, step: int) -> dict[str, Any]:
     if version is None:
-        return {"version": None, "age": None, "updates": None, "rank": None}
+        names = "version", "age", "updates", "rank", "damping_factor"
+        return dict.fromkeys(names)
     inverses = version.preconditioner
     rank = [
         inverses.activations.tensor.shape[-2],
@@ -53,4 +54,5 @@ def _of_version(version: Version | None, step: int) -> dict[str, Any]:
         "age": step - version.step,
         "updates": version.updates,
         "rank": rank,
+        "damping_factor": version.damping_factor,
     }

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from skfac.client.checkpoint import StoreState
 from skfac.client.link import Link
+from skfac.client.notices import Notices
 from skfac.client.proposal import Agreement, Proposal
 from skfac.client.roster import Roster
 from skfac.client.step_log import StepLog
@@ -39,8 +40,8 @@ class Store:
             version; `late` versions that missed their deadline; `corrupt` ones that
             were refused here; `unexpected` ones that nobody asked for; `unlike` ones
             that not all ranks have alike, and none uses; `history_losses` of layers
-            whose server forgot earlier updates; `waits` of a step and `vain_waits`
-            among them.
+            whose server forgot earlier updates; `overdamped` versions with more damping
+            than was asked for; `waits` of a step and `vain_waits` among them.
         waited_s: Time that steps spent waiting.
     """
 
@@ -58,8 +59,8 @@ class Store:
         self._of_server: dict[int, Sequence[int]] = {}  # step -> server of each layer
         self._roster = Roster(servers)
         self._said: set[tuple[int | None, LossReason]] = set()
-        self._updates = [0] * len(spec.layers)
         self.counts: Counter[str] = Counter()
+        self._notices = Notices(spec.layers, self.counts)
         self.waited_s = 0.0
 
     # ---------------------------------------------------------------- links
@@ -344,7 +345,7 @@ class Store:
         if isinstance(outcome, Version):
             self.counts["solved"] += 1
             self._said -= {s for s in self._said if s[0] in (None, outcome.layer)}
-            self._check_history(outcome)
+            self._notices.look(outcome)
             return
         self.counts[outcome.reason] += 1
         # Said once, not at every step, until a version arrives again: of any layer, or
@@ -355,21 +356,6 @@ class Store:
         self._said.add(what)
         text = "The version of step %d is lost (%s): %s"
         logger.log(level, text, outcome.step, outcome.reason, outcome.message)
-
-    def _check_history(self, version: Version) -> None:
-        # A server that was restarted begins anew, which changes the curvature.
-        before = self._updates[version.layer]
-        self._updates[version.layer] = version.updates
-        if version.updates >= before:
-            return
-        self.counts["history_losses"] += 1
-        logger.warning(
-            "The history of layer %r has %d updates and had %d: the server was "
-            "restarted, or its window made smaller.",
-            self._spec.layers[version.layer].name,
-            version.updates,
-            before,
-        )
 
     def _drop(self, layer: int, step: int) -> None:
         self.counts["unlike"] += 1

@@ -842,12 +842,17 @@ class LayerPreconditioner(_message.Message):
     ROWS_FIELD_NUMBER: _builtins.int
     RANKS_FIELD_NUMBER: _builtins.int
     UPDATES_FIELD_NUMBER: _builtins.int
+    DAMPING_FACTOR_FIELD_NUMBER: _builtins.int
     rows: _builtins.int
     """n of the newest update, over all ranks that are in it."""
     ranks: _builtins.int
     """Ranks in that update; fewer than the world after a timeout."""
     updates: _builtins.int
     """Updates that the factors are made of; 1 without a history."""
+    damping_factor: _builtins.float
+    """What the damping of the settings was multiplied by, because with less there was no
+    inverse in the dtype of the rows; 0 means 1.
+    """
     @_builtins.property
     def activations(self) -> Global___FactorInverse:
         """(A + λ_A I)⁻¹"""
@@ -864,10 +869,11 @@ class LayerPreconditioner(_message.Message):
         rows: _builtins.int = ...,
         ranks: _builtins.int = ...,
         updates: _builtins.int = ...,
+        damping_factor: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "derivatives", b"derivatives"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "derivatives", b"derivatives", "ranks", b"ranks", "rows", b"rows", "updates", b"updates"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "damping_factor", b"damping_factor", "derivatives", b"derivatives", "ranks", b"ranks", "rows", b"rows", "updates", b"updates"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

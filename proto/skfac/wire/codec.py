@@ -329,6 +329,7 @@ def _encode_outcome(
         return
     both, inverses = message.preconditioner, outcome.preconditioner
     both.rows, both.ranks, both.updates = outcome.rows, outcome.ranks, outcome.updates
+    both.damping_factor = outcome.damping_factor
     _encode_inverse(both.activations, inverses.activations, next(offsets))
     _encode_inverse(both.derivatives, inverses.derivatives, next(offsets))
 
@@ -337,16 +338,15 @@ def _decode_outcome(message: pb.LayerOutcome, tensors: Iterator[Tensor]) -> Outc
     if not message.HasField("preconditioner"):
         reason = _LOSS_REASONS.get(message.lost.reason)
         if reason is None:
-            raise InvalidRequestError(
-                f"Unknown reason {message.lost.reason!r} of a loss."
-            )
+            text = f"Unknown reason {message.lost.reason!r} of a loss."
+            raise InvalidRequestError(text)
         return Loss(message.layer, message.step, reason, message.lost.message)
-    inverses = message.preconditioner
+    both = message.preconditioner
     preconditioner = LayerPreconditioner(
-        activations=_decode_inverse(inverses.activations, next(tensors)),
-        derivatives=_decode_inverse(inverses.derivatives, next(tensors)),
+        activations=_decode_inverse(both.activations, next(tensors)),
+        derivatives=_decode_inverse(both.derivatives, next(tensors)),
     )
-    counts = inverses.rows, inverses.ranks, inverses.updates
+    counts = both.rows, both.ranks, both.updates, both.damping_factor or 1.0
     return Version(message.layer, message.step, preconditioner, *counts)
 
 

@@ -23,6 +23,8 @@ class Version:
         ranks: Ranks whose rows are in that update.
         updates: Updates that the factors are made of; it falls when a server that was
             restarted begins a new history.
+        damping_factor: What the damping that was asked for was multiplied by, because
+            with less there was no inverse; mostly 1.
     """
 
     layer: int
@@ -31,6 +33,7 @@ class Version:
     rows: int
     ranks: int
     updates: int
+    damping_factor: float = 1.0
 
     @cached_property
     def fingerprint(self) -> int:

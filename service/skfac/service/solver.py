@@ -234,7 +234,8 @@ def _solved(
 ) -> Solution:
     assembly, history = folded.task.assembly, folded.history
     counts = assembly.count, len(assembly.rows), history.updates
-    version = Version(assembly.layer, assembly.step, preconditioner, *counts)
+    factor = DAMPING_GROWTH**retries
+    version = Version(assembly.layer, assembly.step, preconditioner, *counts, factor)
     first, second = layer.factors
     conditions = first.condition_bound, second.condition_bound
     return Solution(version, retries, _kept(history), conditions)
