@@ -8,6 +8,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from skfac.service import access as who_may
 from skfac.service.access import Caller, hash_token, read_rules
 from skfac.v1 import preconditioning_pb2 as pb
 from skfac.v1 import preconditioning_pb2_grpc as rpc
@@ -208,6 +209,32 @@ def test_a_list_that_is_no_good_changes_nothing(server, file, caplog):
     assert open_session(server.address, "mine-1", MINE).session_id
     value = server.metrics.registry.get_sample_value
     assert value("skfac_reload_failures_total", {"file": "access"}) == 3
+
+
+def test_a_list_that_cannot_be_read_now_is_read_later(server, file, monkeypatch):
+    # As when no file can be opened: nobody touches the list again.
+    tries, reading = [], who_may.read_file
+
+    def fail_twice(path):
+        tries.append(path)
+        if len(tries) < 3:
+            raise ConfigurationError(f"Cannot read {path}: Too many open files.")
+        return reading(path)
+
+    monkeypatch.setattr(who_may, "read_file", fail_twice)
+    access(file, secret="their-token")  # noqa: S106
+
+    def is_denied() -> bool:
+        try:
+            open_session(server.address, "mine-1", MINE)
+        except grpc.RpcError as error:
+            return error.code() is CODE.UNAUTHENTICATED
+        return False
+
+    wait_until(is_denied)
+    assert len(tries) == 3
+    value = server.metrics.registry.get_sample_value
+    assert value("skfac_reload_failures_total", {"file": "access"}) == 1
 
 
 def test_denials_are_counted_by_reason(server, theirs):

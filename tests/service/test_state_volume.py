@@ -9,6 +9,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from skfac.service.local_engine import LocalEngine
 from skfac.service.metrics import Metrics
@@ -98,16 +100,35 @@ def test_nobody_has_them_after_a_lease(tmp_path):
     assert not list(tmp_path.glob("*.safetensors"))
 
 
-def test_a_damaged_file_is_dropped_by_name(tmp_path, caplog):
+def test_a_damaged_file_is_named_and_left_alone(tmp_path, caplog):
     filled(tmp_path)
     (path,) = tmp_path.glob("*.safetensors")
-    path.write_bytes(path.read_bytes()[:-9])
+    damaged = path.read_bytes()[:-9]
+    path.write_bytes(damaged)
     metrics = Metrics()
 
     with closing(StateVolume(tmp_path, 60.0, metrics)) as volume:
         assert volume.claim(SPEC).layers == ()
     assert str(path) in caplog.text
     assert count(metrics, "unreadable") == 1
+    assert path.read_bytes() == damaged
+
+
+def test_files_of_others_are_left_alone(tmp_path, caplog):
+    filled(tmp_path)
+    weights = {"0": torch.zeros(2, dtype=torch.bfloat16)}  # which NumPy has not
+    save_file(weights, tmp_path / "model.safetensors")
+    save_file(weights, tmp_path / f"{'0' * 32}.safetensors")
+    (tmp_path / "download.partial").write_bytes(b"half")
+    (tmp_path / f"{'a' * 32}.partial").mkdir()
+    own = tmp_path / f"{'b' * 32}.partial"  # of a server that was killed
+    own.write_bytes(b"half")
+    theirs = sorted(set(tmp_path.iterdir()) - {own})
+
+    with closing(StateVolume(tmp_path, 60.0, Metrics())) as volume:
+        assert sorted(tmp_path.iterdir()) == theirs
+        assert volume.claim(SPEC).layers
+    assert "model.safetensors" not in caplog.text
 
 
 def test_a_file_that_cannot_be_removed_costs_nothing(tmp_path, monkeypatch, caplog):

@@ -111,7 +111,8 @@ def _signature(file: Path) -> object:
         found = file.stat()
     except OSError:
         return None
-    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
+    times = found.st_mtime_ns, found.st_ctime_ns  # the latter of modes and owners, too
+    return found.st_dev, found.st_ino, *times, found.st_size
 
 
 def _certificates(pem: bytes, file: Path) -> list[x509.Certificate]:

@@ -104,6 +104,7 @@ class Access:
         self._metrics = metrics
         self._lock = threading.Lock()
         self._signature = signature([file])
+        self._failed: object = None  # the signature of a list that is no good
         self._rules = read_rules(file)
 
     def check(self, caller: Caller) -> None:
@@ -147,7 +148,7 @@ class Access:
         return any(fnmatchcase(job, jobs) for jobs in self._patterns(caller))
 
     def refresh(self, on_change: Callable[[Callable[[Caller], bool]], None]) -> None:
-        """Look at the list, and read it if it has changed.
+        """Look at the list, and read it if it has changed, until that succeeds.
 
         Args:
             on_change: Is told so, and how to find the callers whose access is another.
@@ -156,14 +157,16 @@ class Access:
             found = signature([self._file])
             if found == self._signature:
                 return
-            self._signature = found
             before = self._rules
             try:
                 self._rules = read_rules(self._file)
             except ConfigurationError as error:
-                self._metrics.reload_failures.labels("access").inc()
-                logger.error("%s The old list stays in use.", error)
+                if found != self._failed:  # it is tried again, and said once
+                    self._failed = found
+                    self._metrics.reload_failures.labels("access").inc()
+                    logger.error("%s The old list stays in use.", error)
                 return
+            self._signature, self._failed = found, None
             logger.info("%d rules of access are read anew.", len(self._rules))
         on_change(lambda c: _patterns(before, c) != self._patterns(c))
 

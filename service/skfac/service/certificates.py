@@ -35,6 +35,7 @@ class ServerCertificates:
         self._metrics = metrics
         self._lock = threading.Lock()
         self._signature = signature(self._files)
+        self._failed: object = None  # the signature of files that are no good
         self._current = self._read()
         self._handed_out = self._current
 
@@ -51,23 +52,28 @@ class ServerCertificates:
         )
 
     def refresh(self) -> None:
-        """Look at the files, and read them if they have changed."""
+        """Look at the files, and read them if they have changed, until that succeeds."""
+        self._refresh(again=True)
+
+    def _refresh(self, *, again: bool) -> None:
         with self._lock:
             found = signature(self._files)
-            if found == self._signature:
+            if found == self._signature or (found == self._failed and not again):
                 return
-            self._signature = found
             try:
                 self._current = self._read()
             except ConfigurationError as error:
-                self._metrics.reload_failures.labels("certificate").inc()
-                logger.error("%s The old certificate stays in use.", error)
+                if found != self._failed:  # it is tried again, and said once
+                    self._failed = found
+                    self._metrics.reload_failures.labels("certificate").inc()
+                    logger.error("%s The old certificate stays in use.", error)
                 return
+            self._signature, self._failed = found, None
             logger.info("New connections get the certificate in %s.", self._pair[0])
 
     def _newer(self) -> grpc.ServerCertificateConfiguration | None:
-        # gRPC asks at each handshake.
-        self.refresh()
+        # gRPC asks at each handshake: files that are no good are not for each to read.
+        self._refresh(again=False)
         if self._current is self._handed_out:
             return None
         self._handed_out = self._current

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ from skfac.wire.state_codec import state_manifest, state_of_manifest
 
 logger = logging.getLogger(__name__)
 
+_NAME = re.compile(r"[0-9a-f]{32}")  # see `_path`
 _SUFFIX = ".safetensors"
 _PARTIAL = ".partial"
 
@@ -73,10 +75,10 @@ class StateVolume:
             raise OSError(
                 f"Another server uses state_dir {directory}; each needs its own."
             ) from None
-        for partial in directory.glob(f"*{_PARTIAL}"):
+        for partial in self._own(_PARTIAL):
             partial.unlink()
         self._saved: dict[str, tuple[SessionSpec, SessionState]] = {}
-        for path in sorted(directory.glob(f"*{_SUFFIX}")):
+        for path in self._own(_SUFFIX):
             self._load(path)
 
     def claim(self, spec: SessionSpec) -> SessionState:
@@ -136,6 +138,11 @@ class StateVolume:
         name = hashlib.blake2b(job.encode(), digest_size=16).hexdigest()
         return self._directory / f"{name}{_SUFFIX}"
 
+    def _own(self, suffix: str) -> list[Path]:
+        # Files of others may lie beside: a folder of models has such names, too.
+        found = self._directory.glob(f"*{suffix}")
+        return sorted(p for p in found if _NAME.fullmatch(p.stem) and p.is_file())
+
     def _write(self, spec: SessionSpec, state: SessionState) -> None:
         path = self._path(spec.job)
         partial = path.with_suffix(_PARTIAL)
@@ -168,10 +175,13 @@ class StateVolume:
         except OSError as error:  # which says nothing about the file
             logger.error("The saved histories %s cannot be read: %s", path, error)
             self._results.labels("unreadable").inc()
-        except (SafetensorError, ServiceError, KeyError, ValueError) as error:
-            logger.error("The saved histories %s are dropped: %s", path, error)
+        except (
+            *(SafetensorError, ServiceError),
+            *(KeyError, ValueError, TypeError),  # the last of dtypes that NumPy lacks
+        ) as error:
+            text = "The saved histories %s are left alone: they cannot be read (%s)."
+            logger.error(text, path, error)
             self._results.labels("unreadable").inc()
-            path.unlink(missing_ok=True)
 
     def _forget_old(self) -> None:
         if self._clock() < self._ends_s:
