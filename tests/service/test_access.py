@@ -10,6 +10,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from skfac.service import access as who_may
 from skfac.service.access import Caller, hash_token, read_rules
+from skfac.service.monitor import Monitor
 from skfac.v1 import preconditioning_pb2 as pb
 from skfac.v1 import preconditioning_pb2_grpc as rpc
 from skfac.wire.channel import SERVICE
@@ -160,6 +161,19 @@ def test_memory_is_not_shared_with_other_jobs_sessions(server, theirs):
         (answer,) = own.push(encode_region(offer.SerializeToString()))
         assert answer.HasField("region_accepted")
         assert not answer.region_accepted
+
+
+def test_status_costs_what_own_jobs_cost(server, theirs, monkeypatch):
+    described, describe = [], Monitor._session
+
+    def counted(self, session, *arguments):
+        described.append(session.spec.job)
+        return describe(self, session, *arguments)
+
+    monkeypatch.setattr(Monitor, "_session", counted)
+    with RawClient(server.address, spec_of("mine-1"), credentials=MINE) as own:
+        own.stub.GetStatus(pb.GetStatusRequest(), timeout=TIMEOUT_S)
+    assert set(described) == {"mine-1"}
 
 
 def test_status_shows_own_jobs_alone(server, theirs):

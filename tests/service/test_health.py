@@ -51,6 +51,22 @@ def test_a_server_that_stops_is_alive_but_not_ready(monkeypatch):
     assert probe.probe(server.health_address, "live").startswith("UNAVAILABLE")
 
 
+def test_silent_calls_keep_no_probe_waiting(server):
+    hung = threading.Event()
+
+    def silence():
+        hung.wait(LONG_S)
+        yield b""
+
+    with grpc.insecure_channel(server.health_address) as channel:
+        call = channel.stream_unary("/grpc.health.v1.Health/Check")
+        silent = [call.future(silence()) for _ in range(16)]
+        assert probe.probe(server.health_address, "ready") == "SERVING"
+        codes = {one.exception(LONG_S).code() for one in silent}
+        hung.set()
+    assert codes <= {grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED}
+
+
 def test_without_an_address_there_is_no_such_port():
     with serving() as server:
         assert server.health_address == ""

@@ -1,16 +1,21 @@
 """The command line, as a person meets it."""
 
 import json
+import os
+import signal
+import socket
 import subprocess
 import sys
+from dataclasses import replace as replace_fields
 
 import pytest
 from typer.testing import CliRunner
 
 from skfac.service.main import app
+from skfac.wire.session import LayerSpec
 from tests.support.authority import Authority, replace
 from tests.support.raw_client import RawClient, spec_of
-from tests.support.servers import serving
+from tests.support.servers import LONG_S, ServerProcess, serving
 
 runner = CliRunner(env={"COLUMNS": "160", "TERM": "dumb"})
 
@@ -70,9 +75,66 @@ def test_status_as_json_is_one_object(server):
 
     (session,) = json.loads(result.output)["sessions"]
     assert session["job"] == "mnist"
-    assert int(session["solved"]) == 2
+    assert session["solved"] == 2  # a number, though protobuf's JSON has it as text
+    assert session["failed"] == 0  # and what is zero is there
     assert session["inversion"]["p99_s"] >= session["inversion"]["p50_s"] > 0
-    assert [layer["newest_step"] for layer in session["layers"]] == ["4", "4"]
+    assert [layer["newest_step"] for layer in session["layers"]] == [4, 4]
+
+
+def test_status_of_many_layers_is_shown():
+    layers = tuple((f"{number:06}{'x' * 990}", 2, 2) for number in range(4096))
+    named = tuple(LayerSpec(name, "linear", *sizes, False) for name, *sizes in layers)
+    spec = replace_fields(spec_of("mnist"), layers=named)
+    with serving() as server, RawClient(server.address, spec):
+        result = runner.invoke(app, ["status", server.address, "--json"])
+
+    (session,) = json.loads(result.output)["sessions"]
+    assert len(session["layers"]) == 4096
+    assert session["layers"][0]["newest_step"] is None
+
+
+def test_an_interrupted_question_is_no_success(server, monkeypatch):
+    def interrupt(answer):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("skfac.service.main.plain_message", interrupt)
+    result = runner.invoke(app, ["status", server.address, "--json"])
+
+    assert result.exit_code == 130
+
+
+def test_a_server_that_is_stopped_while_it_starts_never_serves(monkeypatch):
+    def signalled(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return
+
+    kept = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    monkeypatch.setattr("skfac.service.main.configure_logs", signalled)
+    try:
+        result = runner.invoke(app, ["serve", "--address", "127.0.0.1:0"])
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+    assert result.exit_code == 0
+    assert "Serving" not in result.output
+
+
+def test_handshakes_that_fail_write_no_lines(tmp_path):
+    settings = Authority(tmp_path).server()
+    address = settings.pop("address")
+    with ServerProcess(address, **settings) as server:
+        host, port = server.address.split(":")
+        for _ in range(3):
+            with socket.create_connection((host, int(port)), LONG_S) as plain:
+                plain.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                plain.settimeout(LONG_S)
+                while plain.recv(100):
+                    pass
+        code, output = server.interrupt(signal.SIGTERM)
+
+    assert code == 0
+    assert "andshake" not in output
 
 
 @pytest.mark.parametrize("command", ["status", "top"])

@@ -382,16 +382,3 @@ def test_an_empty_and_a_huge_tensor_pass():
     again = invert_factor(huge.activations, damping=inverse.damping)
     assert torch.equal(inverse.tensor, again.tensor)
     assert lost.reason == "empty"  # type: ignore[union-attr]
-
-
-def test_two_servers_cannot_share_an_address(server):
-    with (
-        pytest.raises(OSError, match=r"Cannot listen on address"),
-        serving(address=server.address),
-    ):
-        pass
-    with (
-        pytest.raises(OSError, match=r"Cannot listen on metrics_address"),
-        serving(metrics_address=server.metrics_address),
-    ):
-        pass

@@ -32,7 +32,7 @@ def why_not_bound(address: str) -> str | None:
     """
     try:
         if address.startswith("unix:"):
-            path = address.removeprefix("unix:").removeprefix("//")
+            path = _path(address)
             with socket.socket(socket.AF_UNIX) as probe:
                 probe.bind(path)
             Path(path).unlink()
@@ -45,8 +45,31 @@ def why_not_bound(address: str) -> str | None:
     except OSError as error:
         way_out = " Choose another; port 0 picks a free one."
         busy = error.errno == errno.EADDRINUSE and not address.startswith("unix:")
-        return f"{error.strerror}.{way_out if busy else ''}"
+        return f"{error.strerror or error}.{way_out if busy else ''}"
     return None
+
+
+def why_taken(address: str) -> str | None:
+    """Find out whether another server listens at a Unix socket, which gRPC replaces.
+
+    Args:
+        address: As `has_port` takes.
+
+    Returns:
+        That one does; None if not, or if it is no Unix socket.
+    """
+    if not address.startswith("unix:"):
+        return None
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(_path(address))
+        except OSError:
+            return None  # nobody, or nothing that can be asked
+    return "Another server listens there. Stop it first, or choose another path."
+
+
+def _path(address: str) -> str:
+    return address.removeprefix("unix:").removeprefix("//")
 
 
 def is_local(address: str) -> bool:

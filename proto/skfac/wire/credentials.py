@@ -8,7 +8,7 @@ from typing import Any, Final
 import grpc
 
 from skfac.wire.addresses import is_local
-from skfac.wire.channel import CLIENT_OPTIONS
+from skfac.wire.channel import CLIENT_OPTIONS, MAX_FRAME_BYTES
 from skfac.wire.errors import ConfigurationError
 from skfac.wire.pem import Authorities, KeyPair, read_file, signature
 
@@ -126,12 +126,18 @@ class Credentials:
         return _checked_token(text, f"The token in {self.token_file}")
 
 
-def open_channel(target: str, credentials: Credentials | None) -> grpc.Channel:
+def open_channel(
+    target: str,
+    credentials: Credentials | None,
+    *,
+    receive_bytes: int = MAX_FRAME_BYTES,
+) -> grpc.Channel:
     """Make a channel to a server, with the files as they are now.
 
     Args:
         target: `host:port` or `unix:path`.
         credentials: Of the caller; None for none.
+        receive_bytes: What an answer may have at most.
 
     Returns:
         The channel; close it.
@@ -140,11 +146,12 @@ def open_channel(target: str, credentials: Credentials | None) -> grpc.Channel:
         ConfigurationError: If a file is not good, or another machine would get the
             token unencrypted.
     """
+    limit = {"grpc.max_receive_message_length": receive_bytes}
+    options: list[tuple[str, Any]] = [*(dict(CLIENT_OPTIONS) | limit).items()]
     if credentials is None:
-        return grpc.insecure_channel(target, CLIENT_OPTIONS)
+        return grpc.insecure_channel(target, options)
     credentials.check(target)
     tls, token = credentials.read_tls(), credentials.read_token()
-    options: list[tuple[str, Any]] = [*CLIENT_OPTIONS]
     if credentials.server_name is not None:
         options.append(("grpc.ssl_target_name_override", credentials.server_name))
     channel = (

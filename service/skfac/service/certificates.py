@@ -52,7 +52,7 @@ class ServerCertificates:
         )
 
     def refresh(self) -> None:
-        """Look at the files, and read them if they have changed, until that succeeds."""
+        """Look at the files; read them if they have changed, until that succeeds."""
         self._refresh(again=True)
 
     def _refresh(self, *, again: bool) -> None:

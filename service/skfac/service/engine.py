@@ -139,7 +139,7 @@ class EngineStatus:
     stages: tuple[StageStatus, ...]
     errors: tuple[RecentError, ...]
 
-    def only(self, shown: Callable[[str], bool]) -> Self:
+    def only(self, shown: "Shown") -> Self:
         """Leave out sessions and errors; load and stages stay the whole engine's.
 
         Args:
@@ -151,6 +151,19 @@ class EngineStatus:
         sessions = tuple(one for one in self.sessions if shown(one.job))
         errors = tuple(one for one in self.errors if shown(one.job))
         return replace(self, sessions=sessions, errors=errors)
+
+
+Shown = Callable[[str], bool]
+"""Whether what is of a job is shown."""
+
+
+def every_job(job: str) -> bool:
+    """Show all.
+
+    Returns:
+        True.
+    """
+    return True
 
 
 class Subscription(Protocol):
@@ -278,8 +291,8 @@ class EngineCalls(Protocol):
             ServerUnavailableError: If the engine is closing.
         """
 
-    def status(self, session_id: str = "") -> EngineStatus:
-        """Describe one session, or all.
+    def status(self, session_id: str = "", shown: Shown = every_job) -> EngineStatus:
+        """Describe one session, or all, of the jobs that are shown.
 
         Raises:
             SessionNotFoundError: If a session is named and unknown.

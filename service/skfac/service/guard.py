@@ -8,7 +8,14 @@ from typing import Any
 import grpc
 
 from skfac.service.access import Access, Caller
-from skfac.service.engine import EngineCalls, EngineStatus, SessionGrant, Subscription
+from skfac.service.engine import (
+    EngineCalls,
+    EngineStatus,
+    SessionGrant,
+    Shown,
+    Subscription,
+    every_job,
+)
 from skfac.service.metrics import Metrics
 from skfac.service.sessions import NO_SESSION
 from skfac.wire.errors import AuthenticationError, SessionNotFoundError, status_of
@@ -149,12 +156,13 @@ class CallersEngine:
         self._check(session_id)
         self._engine.import_state(session_id, state)
 
-    def status(self, session_id: str = "") -> EngineStatus:
+    def status(self, session_id: str = "", shown: Shown = every_job) -> EngineStatus:
         """Describe one session of the caller, or all of them."""
         if session_id:
             self._check(session_id)
-        whole = self._engine.status(session_id)
-        return whole.only(lambda job: self._access.may(self._caller, job))
+        return self._engine.status(
+            session_id, lambda job: shown(job) and self._access.may(self._caller, job)
+        )
 
     def _check(self, session_id: str) -> None:
         self._access.check(self._caller)

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from skfac.service.assembler import Assembly
 from skfac.service.config import EngineConfig
-from skfac.service.engine import EngineStatus, SessionGrant
+from skfac.service.engine import EngineStatus, SessionGrant, Shown, every_job
 from skfac.service.histories import check_finite
 from skfac.service.load import memory_bytes
 from skfac.service.metrics import Metrics
@@ -220,8 +220,8 @@ class LocalEngine:
             "Job %r: imported %d histories.", session.spec.job, len(loaded.layers)
         )
 
-    def status(self, session_id: str = "") -> EngineStatus:
-        """Describe one session, or all.
+    def status(self, session_id: str = "", shown: Shown = every_job) -> EngineStatus:
+        """Describe one session, or all, of the jobs that are shown.
 
         Returns:
             What the engine holds.
@@ -231,10 +231,10 @@ class LocalEngine:
         """
         with self._changed:
             named = [self._sessions.find(session_id)] if session_id else self._sessions
-            sessions = list(named)
+            sessions = [one for one in named if shown(one.spec.job)]
         whole = self._monitor.status(sessions, self._scheduler, self._changed)
         jobs = {one.spec.job for one in sessions}
-        return whole.only(jobs.__contains__) if session_id else whole
+        return whole.only(jobs.__contains__ if session_id else shown)
 
     def drain(self, timeout_s: float) -> bool:
         """Refuse new work and wait until what was accepted is published.

@@ -15,7 +15,6 @@ from typing import Annotated, Any
 
 import grpc
 import typer
-from google.protobuf.json_format import MessageToDict
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from pydantic_settings import SettingsError
@@ -25,6 +24,7 @@ from rich.live import Live
 from skfac.service.access import rule_of_token
 from skfac.service.config import ServiceConfig
 from skfac.service.logs import configure_logs
+from skfac.service.plain import plain_message
 from skfac.service.ray_main import name_and_value, ray_app
 from skfac.service.table import StatusView
 from skfac.v1 import preconditioning_pb2 as pb
@@ -37,6 +37,8 @@ from skfac.wire.handshake import why_unavailable
 _SIGNALS_SEEN_EVERY_S = 0.5
 _DEFAULTS = ServiceConfig.model_fields
 _NOT_SAVED = 3  # exit code: stopped in order, but histories are lost
+_INTERRUPTED = 128 + signal.SIGINT  # exit code, as shells have it
+_STATUS_BYTES = 1 << 28  # that an answer may have: of thousands of layers it is large
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +95,12 @@ def serve(
 
     Example: skfac serve --address 127.0.0.1:50051 --set lease_s=120
     """
+    # At once, as the first process of a container would ignore a signal until then.
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    # Else each failed handshake is a line that gRPC itself writes, on any thread.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     named = {"address": address, "metrics_address": metrics_address, "device": device}
     flags = {name: value for name, value in named.items() if value is not None}
     flags |= dict(map(name_and_value, settings or []))
@@ -109,9 +117,8 @@ def serve(
     logs = configure_logs(loaded.log_level, loaded.log_format)
     share_one_arena()
     keep_large_blocks()
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    if stop.is_set():
+        return
     try:
         server = Server(loaded)
     except (OSError, ConfigurationError) as error:
@@ -179,8 +186,7 @@ def status(
     with _answers(address, credentials) as ask:
         answer = ask()
         if as_json:
-            as_dict = MessageToDict(answer, preserving_proto_field_name=True)
-            typer.echo(json.dumps(as_dict))
+            typer.echo(json.dumps(plain_message(answer)))
         else:
             Console().print(StatusView(answer))
 
@@ -240,7 +246,7 @@ def _answers(
             f"{address!r} has no port: use host:port or unix:/path."
         )
     try:
-        opened = open_channel(address, credentials)
+        opened = open_channel(address, credentials, receive_bytes=_STATUS_BYTES)
     except ConfigurationError as error:
         raise _usage_error(error) from None
     with opened as channel:
@@ -251,7 +257,7 @@ def _answers(
             typer.echo(_no_answer(address, credentials, error), err=True)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
-            raise typer.Exit(0) from None
+            raise typer.Exit(_INTERRUPTED) from None
 
 
 def _no_answer(address: str, credentials: Credentials, error: grpc.RpcError) -> str:

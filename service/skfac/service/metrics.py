@@ -106,7 +106,7 @@ class Metrics:
             for metric in self._per_session:
                 metric.remove_by_labels({"session": oldest})
 
-    def expect_calls(self, calls: tuple[str, ...]) -> None:
+    def expect_calls(self, *calls: str) -> None:
         """Begin to count how often each call finds no room."""
         for call in calls:
             self.call_errors.labels(call, _FULL)

@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -21,9 +20,10 @@ from skfac.service.security import Security
 from skfac.service.servicer import PreconditioningServicer
 from skfac.service.state_volume import StateVolume
 from skfac.service.status_page import StatusPage
+from skfac.service.threads import CallThreads
 from skfac.service.web import WebServer
 from skfac.v1 import preconditioning_pb2 as pb
-from skfac.wire.addresses import why_not_bound
+from skfac.wire.addresses import why_not_bound, why_taken
 from skfac.wire.channel import SERVER_OPTIONS, SERVICE
 from skfac.wire.errors import SessionNotFoundError
 from skfac.wire.shared_memory import MAX_SNAPSHOTS
@@ -32,6 +32,7 @@ from skfac.wire.state import SessionState
 logger = logging.getLogger(__name__)
 
 _CONTROL_THREADS = 16  # that bulk streams cannot take
+_PROBE_S = 1.0  # that a probe may let its thread wait: anybody may call there
 _LAST_WORDS_S = 1.0  # that outcomes get to be sent, however long solving took
 _HEALTH_NAMES = ("", "live", "ready", SERVICE)
 
@@ -69,10 +70,13 @@ class Server:
         if config.state_dir:
             path = Path(config.state_dir)
             self._volume = StateVolume(path, config.lease_s, self.metrics)
-        self._pool = ThreadPoolExecutor(
+        self._pool = CallThreads(
             config.max_streams + _CONTROL_THREADS, thread_name_prefix="skfac-rpc"
         )
-        self._deadlines = Deadlines(config.idle_s, self.metrics.idle_calls)
+        self._deadlines, self._probe_deadlines = (
+            Deadlines(idle_s, self.metrics.idle_calls)
+            for idle_s in (config.idle_s, min(config.idle_s, _PROBE_S))
+        )
         self._grpc = grpc.server(
             self._pool,
             options=SERVER_OPTIONS,
@@ -147,11 +151,13 @@ class Server:
     def _stop(self, ends_s: float) -> None:
         self._engine.close()
         # Streams end by themselves now; this is for those whose client does not read.
-        self._grpc.stop(max(ends_s - time.monotonic(), _LAST_WORDS_S)).wait()
+        left_s = max(ends_s - time.monotonic(), _LAST_WORDS_S)
+        self._grpc.stop(left_s).wait(left_s + _LAST_WORDS_S)
         if self._probes is not None:
-            self._probes.stop(None).wait()
-        self._pool.shutdown()
-        self._deadlines.close()
+            self._probes.stop(None).wait(_LAST_WORDS_S)
+        self._pool.shutdown(wait=False)  # nor is anybody waited for whom gRPC left
+        for deadlines in (self._deadlines, self._probe_deadlines):
+            deadlines.close()
         self._security.close()
         if self._web is not None:
             self._web.close()
@@ -164,10 +170,10 @@ class Server:
         if not address:
             return None, ""
         server = grpc.server(
-            ThreadPoolExecutor(1, thread_name_prefix="skfac-probe"),
+            CallThreads(_CONTROL_THREADS, thread_name_prefix="skfac-probe"),
             options=SERVER_OPTIONS,
-            interceptors=[self._deadlines],
-            maximum_concurrent_rpcs=_CONTROL_THREADS,
+            interceptors=[self._probe_deadlines],
+            maximum_concurrent_rpcs=4 * _CONTROL_THREADS,
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         bound = _bound(
@@ -216,11 +222,13 @@ def _bound(
     bind: Callable[[grpc.Server, str], int],
     server: grpc.Server,
 ) -> str:
+    taken = why_taken(address)
     try:
-        port = bind(server, address)
+        port = 0 if taken else bind(server, address)
     except RuntimeError as error:
-        why = why_not_bound(address) or str(error)
-        raise OSError(f"Cannot listen on {name} {address!r}: {why}") from None
+        taken = why_not_bound(address) or str(error)
+    if taken:
+        raise OSError(f"Cannot listen on {name} {address!r}: {taken}")
     if address.startswith("unix:"):
         return address
     return f"{address.rpartition(':')[0]}:{port}"

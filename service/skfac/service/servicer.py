@@ -55,7 +55,9 @@ class PreconditioningServicer:
         self._free_streams = threading.Semaphore(config.max_streams)
         self._rows = Receiving("max_session_bytes", config.max_session_bytes)
         self._histories = Receiving("max_history_bytes", config.max_history_bytes)
-        metrics.expect_calls(("OpenSession", "PushSnapshots", "StreamPreconditioners"))
+        metrics.expect_calls(
+            "OpenSession", "PushSnapshots", "StreamPreconditioners", "ImportState"
+        )
 
     def OpenSession(
         self, request: pb.OpenSessionRequest, context: grpc.ServicerContext
