@@ -182,8 +182,9 @@ ROWS: dict[str, list[Panel]] = {
             "s",
             "Until it expires.",
             {
-                "{{instance}}": f"skfac_certificate_expiry_timestamp_seconds{_ONE}"
-                " - time()"
+                "{{instance}} {{certificate}}": (
+                    f"skfac_certificate_expiry_timestamp_seconds{_ONE} - time()"
+                )
             },
         ),
     ],

@@ -14,6 +14,8 @@ from tests.support.chart import CHART, ROOT, Object, helm, only, rendered
 CASES = sorted((CHART / "ci").glob("*-values.yaml"))
 INSECURE = ("--set", "insecureRemote=true")
 NAME = "prod-skfac"
+GiB = 1024**3
+FITTED = ("max_session_bytes", "max_history_bytes")  # to the memory of the pod
 
 
 def everything() -> list[Object]:
@@ -48,6 +50,62 @@ def test_the_server_takes_the_settings_that_are_rendered(load):
     assert config.max_snapshot_bytes == 8589934592
     assert (config.lease_s, config.assembly_timeout_s) == (120, 2.5)
     assert config.log_level == "debug"
+
+
+@pytest.mark.parametrize(
+    ("memory", "nbytes"),
+    [
+        ("4Gi", 4 * GiB),
+        ("4096Mi", 4 * GiB),
+        ("1.5Gi", 3 * GiB // 2),
+        ("512Ki", 512 * 1024),
+        ("2Ti", 2048 * GiB),
+        ("4G", 4_000_000_000),
+        ("1500M", 1_500_000_000),
+        ("4000000000000m", 4_000_000_000),
+        ('"5368709120"', 5 * GiB),
+        ("5368709120", 5 * GiB),
+        ("2", 2),
+    ],
+)
+def test_limits_are_a_quarter_of_the_memory(memory, nbytes, load, tmp_path):
+    values = tmp_path / "values.yaml"
+    values.write_text(f"resources: {{limits: {{memory: {memory}}}}}")
+    config = load(settings_of(rendered(*INSECURE, "-f", values)))
+    quarter = max(1, nbytes // 4)
+    assert [getattr(config, name) for name in FITTED] == [quarter, quarter]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.stem)
+def test_a_pod_has_room_for_a_job_that_fills_its_limits(case, load):
+    found = rendered("-f", case)
+    config = load(settings_of(found))
+    (container,) = pod_of(found)["containers"]
+    volumes = {volume["name"]: volume for volume in pod_of(found)["volumes"]}
+    memory, shared = (
+        int(quantity.removesuffix("Gi")) * GiB
+        for quantity in (
+            container["resources"]["limits"]["memory"],
+            volumes["shm"]["emptyDir"]["sizeLimit"],
+        )
+    )
+    process = GiB // 2
+    full = config.max_session_bytes + config.max_history_bytes
+    assert full + shared + process <= memory
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_a_limit_that_is_named_stays(name, load):
+    flags = ("--set-json", f"config.{name}=9999999999")
+    config = load(settings_of(rendered(*INSECURE, *flags)))
+    (other,) = {*FITTED} - {name}
+    assert (getattr(config, name), getattr(config, other)) == (9999999999, GiB)
+
+
+@pytest.mark.parametrize("nulled", ["resources.limits.memory", "resources.limits"])
+def test_without_a_limit_of_memory_there_are_the_defaults(nulled):
+    found = rendered(*INSECURE, "--set-json", f"{nulled}=null")
+    assert not {*FITTED} & set(tomllib.loads(settings_of(found)))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.stem)
@@ -170,44 +228,6 @@ def test_an_autoscaler_owns_the_number_of_servers():
     # A gauge: a raw counter would scale on the past.
     assert "skfac_queue_oldest_seconds{" in trigger["metadata"]["query"]
     assert 'namespace="training"' in trigger["metadata"]["query"]
-
-
-def test_selectors_find_the_pods_and_nothing_else():
-    found = everything()
-    labels = only(found, "StatefulSet")["spec"]["template"]["metadata"]["labels"]
-    test = only(found, "Pod")["metadata"]["labels"]
-    selectors = [
-        only(found, "Service", n)["spec"]["selector"]
-        for n in (NAME, f"{NAME}-headless")
-    ]
-    selectors += [
-        only(found, kind)["spec"][field]["matchLabels"]
-        for kind, field in (
-            ("StatefulSet", "selector"),
-            ("PodDisruptionBudget", "selector"),
-            ("NetworkPolicy", "podSelector"),
-        )
-    ]
-    for selector in selectors:
-        assert selector.items() <= labels.items()
-        assert not selector.items() <= test.items()
-
-
-def test_one_service_is_scraped_and_its_job_says_skfac():
-    found = everything()
-    monitor = only(found, "ServiceMonitor")["spec"]
-    services = [
-        o
-        for o in found
-        if o["kind"] == "Service"
-        and monitor["selector"]["matchLabels"].items()
-        <= o["metadata"]["labels"].items()
-    ]
-    (service,) = services
-    assert service["metadata"]["name"] == f"{NAME}-headless"
-    assert "skfac" in service["metadata"]["labels"][monitor["jobLabel"]]
-    ports = [port["name"] for port in service["spec"]["ports"]]
-    assert [e["port"] in ports for e in monitor["endpoints"]] == [True]
 
 
 def test_rules_and_dashboard_are_those_of_the_files():

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from skfac.service.metrics import Metrics
+from skfac.v1 import preconditioning_pb2 as pb
 
 ROOT = Path(__file__).parent.parent.parent
 RULES = (ROOT / "deploy/helm/skfac/files/rules.yaml").read_text()
@@ -57,7 +58,7 @@ def test_only_metrics_that_exist_are_asked_for(text):
 
 
 def test_every_alert_has_an_entry_a_link_and_tests():
-    assert len(ALERTS) == 10
+    assert len(ALERTS) == 11
     entries = re.findall(r"^## (\w+)$", RUNBOOK, re.MULTILINE)
     assert entries == ALERTS
     links = re.findall(r"runbook_url: docs/runbook.md#(\w+)", RULES)
@@ -71,6 +72,15 @@ def test_every_alert_has_an_entry_a_link_and_tests():
         quiet = ["exp_alerts: []" in t.split("- alertname")[0] for t in tests]
         assert False in quiet, f"{name} is never seen to fire"
         assert True in quiet, f"{name} is never seen not to fire"
+
+
+def test_calls_that_the_runbook_names_are_those_of_the_protocol():
+    services = pb.DESCRIPTOR.services_by_name.values()
+    calls = {method.name for service in services for method in service.methods}
+    named = set(re.findall(r'call="(\w+)"', RUNBOOK))
+
+    assert named == {"ImportState"}
+    assert named <= calls
 
 
 def test_every_panel_has_its_place():

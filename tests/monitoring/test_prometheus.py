@@ -11,6 +11,7 @@ import torch
 
 from skfac.client import Credentials, Preconditioner
 from tests.support.authority import Authority
+from tests.support.authority import replace as replace_file
 from tests.support.models import backward, sgd, small_cnn
 from tests.support.prometheus import RULES, prometheus, promtool
 from tests.support.raw_client import RawClient, snapshot_of, spec_of
@@ -55,6 +56,7 @@ def watched(tmp_path_factory):
         train(server.address, credentials, asked)
         fail(server.address, credentials, asked)
         asked.wait_for("rate(skfac_outcomes_total{outcome='failed'}[1m]) > 0")
+        replace_file(Path(settings["tls_certificate"]), "no certificate")
         yield asked
 
 
@@ -155,6 +157,10 @@ def test_failures_and_refusals_are_seen(watched):
 
 def test_the_alert_about_capacity_comes_from_real_refusals(watched):
     watched.wait_for("ALERTS{alertname='SkfacNoCapacity'}")
+
+
+def test_the_alert_about_files_comes_from_the_first_that_is_no_good(watched):
+    watched.wait_for("ALERTS{alertname='SkfacReloadFails', file='certificate'}")
 
 
 def test_every_query_of_the_dashboard_has_data(watched):

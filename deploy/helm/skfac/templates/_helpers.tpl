@@ -14,6 +14,12 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 app.kubernetes.io/component: server
 {{- end }}
 
+{{- define "skfac.testSelector" -}}
+app.kubernetes.io/name: skfac
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/component: test
+{{- end }}
+
 {{- define "skfac.labels" -}}
 app.kubernetes.io/name: skfac
 app.kubernetes.io/instance: {{ .Release.Name }}
@@ -34,7 +40,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 
 {{/* The settings as lines of TOML: JSON's scalars and lists are TOML's, too. */}}
 {{- define "skfac.settings" -}}
-{{- $settings := merge (fromYaml (include "skfac.derived" .)) (deepCopy .Values.config) -}}
+{{- $derived := fromYaml (include "skfac.derived" .) -}}
+{{- $fitted := fromYaml (include "skfac.fitted" .) -}}
+{{- $settings := merge $derived (deepCopy .Values.config) $fitted -}}
 {{- range $name, $value := $settings }}
 {{ $name }} = {{ toJson $value }}
 {{- end }}
@@ -62,6 +70,27 @@ access_file: /etc/skfac-access/{{ $.Values.access.key }}
 state_dir: /var/lib/skfac
 {{- end }}
 device: {{ ternary "cuda" "cpu" (gt (int .Values.gpu.count) 0) }}
+{{- end }}
+
+{{/* Limits that fit the pod's memory, for those that `config` does not name. */}}
+{{- define "skfac.fitted" -}}
+{{- with (.Values.resources.limits | default dict).memory -}}
+{{- $quarter := max 1 (div (include "skfac.bytes" . | int64) 4) -}}
+max_session_bytes: {{ $quarter }}
+max_history_bytes: {{ $quarter }}
+{{- end -}}
+{{- end }}
+
+{{/* A quantity of Kubernetes, such as 4Gi, in bytes. Numbers of a values file are floats. */}}
+{{- define "skfac.bytes" -}}
+{{- if kindIs "string" . -}}
+{{- $binary := dict "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 "Pi" 1125899906842624 "Ei" 1152921504606846976 -}}
+{{- $decimal := dict "" 1 "m" 0.001 "K" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "P" 1e15 "E" 1e18 -}}
+{{- $unit := get (merge $binary $decimal) (regexFind "[A-Za-z]*$" .) -}}
+{{- mulf (float64 (regexFind "^[0-9.]+" .)) $unit | int64 -}}
+{{- else -}}
+{{- int64 . -}}
+{{- end -}}
 {{- end }}
 
 {{/* Seconds from SIGTERM to SIGKILL, and before SIGTERM: the server takes grace_s for work
