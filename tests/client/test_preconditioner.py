@@ -124,7 +124,7 @@ def test_the_report_is_plain_and_complete():
             optimizer.zero_grad()
         report = pre.report()
 
-    layer = {"version": 4, "age": 1, "updates": 1}
+    layer = {"version": 4, "age": 1, "updates": 1, "damping_factor": 1.0}
     waits = report["versions"].pop("waits", 0)
     assert report.pop("waited_s") >= 0
     assert 0 < report.pop("trust_scale") < 1

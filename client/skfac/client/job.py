@@ -1,14 +1,39 @@
-"""What a trainer declares when it opens its sessions."""
+"""What a trainer declares when it opens its sessions: its layers, and the rest."""
 
 import sys
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch import nn
+from torch.optim import Optimizer
+
 from skfac.client.config import PreconditionerConfig
-from skfac.client.layers import TrackedLayer
+from skfac.client.hooks import check_free
+from skfac.client.layers import TrackedLayer, track_layers
+from skfac.client.shards import check_shards
 from skfac.client.world import World
 from skfac.wire.session import SessionSpec
+
+
+def layers_of(
+    model: nn.Module,
+    optimizer: Optimizer,
+    world: World,
+    config: PreconditionerConfig,
+) -> list[TrackedLayer]:
+    """Choose the layers of a job.
+
+    Returns:
+        They.
+
+    Raises:
+        ConfigurationError: If there are none, or one cannot be preconditioned.
+    """
+    layers = track_layers(model, optimizer, config.skip)
+    check_free(layers)
+    check_shards(((one.name, one.shard) for one in layers), world, config)
+    return layers
 
 
 def session_of(

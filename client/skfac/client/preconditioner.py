@@ -16,10 +16,9 @@ from skfac.client.capture import Capture
 from skfac.client.checkpoint import from_state_dict, to_state_dict
 from skfac.client.config import PreconditionerConfig, check_targets
 from skfac.client.due import DueVersions
-from skfac.client.hooks import check_free
-from skfac.client.job import session_of
-from skfac.client.layers import track_layers
+from skfac.client.job import layers_of, session_of
 from skfac.client.loss_scale import LossScale
+from skfac.client.meeting import await_links, check_steps, made_by_all
 from skfac.client.order import StepOrder
 from skfac.client.pace import Pace
 from skfac.client.phases import phase
@@ -27,14 +26,13 @@ from skfac.client.ready import ReadyVersions
 from skfac.client.report import describe
 from skfac.client.row_space import RowSpace
 from skfac.client.servers import Servers
-from skfac.client.shards import check_shards
 from skfac.client.step_log import StepLog
 from skfac.client.store import Store
 from skfac.client.targets import Names, Target
 from skfac.client.transport import connect
-from skfac.client.world import check_ranks, world_of
+from skfac.client.world import check_joined, check_ranks, world_of
 from skfac.curvature.layer import LayerPreconditioner
-from skfac.wire.errors import ConfigurationError, ServerUnavailableError, ServiceError
+from skfac.wire.errors import ConfigurationError
 from skfac.wire.state import SessionState
 
 logger = logging.getLogger(__name__)
@@ -92,15 +90,15 @@ class Preconditioner:
         targets = names.shared(world)
         check_targets(targets)
         check_ranks(world, targets, config.apply)
-        self._layers = track_layers(model, optimizer, config.skip)
-        check_free(self._layers)
-        check_shards(((one.name, one.shard) for one in self._layers), world, config)
+        track = partial(layers_of, model, optimizer, world, config)
+        self._layers = made_by_all(world, config, track)
         spec = session_of(config, world, self._layers)
         self._step = 0
         self._next_capture = 0
         self._raw = 0
         self._pace = Pace(config.lag)
         self._sampled = False
+        self._met = False
         self._closed = False
         log = StepLog()
         self._ready = ReadyVersions(self._layers)
@@ -125,7 +123,7 @@ class Preconditioner:
         self._order = StepOrder(optimizer)
         atexit.register(self.close)
         try:
-            self._await_links(config.at("wait_s", 0))
+            await_links(world, self._store, targets, config.at("wait_s", 0))
         except BaseException:
             self.close()
             raise
@@ -158,6 +156,8 @@ class Preconditioner:
         """
         if self._closed:
             raise ConfigurationError("This preconditioner is closed.")
+        if not self._met:
+            self._meet()
         self._pace.step(self._store.waited_s)
         step, config = self._step, self.config
         loss_scale = self._loss_scale.unscale(self._layers[0].weight.device)
@@ -332,7 +332,8 @@ class Preconditioner:
         self._rows.leave(map(names.index, state.get("gradient_space", ())))
         if isinstance(self.config.damping, LevenbergMarquardt) and "damping" in state:
             self.config.damping.load_state_dict(state["damping"])
-        if history is not None:
+        self._meet()
+        if self.config.history != "snapshot":
             self._import(history)
         self._arm()
 
@@ -345,33 +346,19 @@ class Preconditioner:
         for part in (self._order, self._capture, self._rows, self._servers):
             part.close()
 
-    def _import(self, history: SessionState) -> None:
-        # One rank, before any of them pushes.
+    def _meet(self) -> None:
+        check_joined(self._world)
+        check_steps(self._world, self._step, self._next_capture)
+        self._met = True
+
+    def _import(self, history: SessionState | None) -> None:
+        # One rank, before any of them pushes. All decide, whoever has a history.
         wait_s = self.config.at("wait_s", self._step)
         first = self._world.rank == 0
-        done = not first or self._servers.import_state(history, wait_s)
+        mine = history if first else None
+        done = mine is None or self._servers.import_state(mine, wait_s)
         if not self._world.agree([done])[0] and first:
             logger.warning("The server did not take the saved history: it starts anew.")
-
-    def _await_links(self, wait_s: float) -> None:
-        refusal: ServiceError | None = None
-        connected = False
-        try:
-            connected = self._store.await_links(wait_s)
-        except ServiceError as error:
-            refusal = error
-        # A rank that went on alone would wait for the others for ever.
-        if not self._world.agree([refusal is None])[0]:
-            raise refusal or ServerUnavailableError(
-                "Another rank of this job is refused; see that rank's error."
-            )
-        if not connected:
-            logger.warning(
-                "No server at %s after wait_s = %g s; training begins with raw "
-                "gradients.",
-                ", ".join(self._servers.targets),
-                wait_s,
-            )
 
     def _provide(
         self, index: int, device: torch.device, dtype: torch.dtype

@@ -121,8 +121,11 @@ def sum_sharded(values: Tensor, shards: Sequence[Shard | None]) -> Tensor:
 
 
 def _buckets(parts: Sequence[Part]) -> Iterator[list[int]]:
-    # Runs of layers that fit in the memory of one all-reduce.
+    # Runs of layers that fit in the memory of one all-reduce, on all ranks the same:
+    # of columns each rank has another number, and sends nothing.
     def nbytes(index: int) -> int:
+        if parts[index].shard.by_columns:
+            return 0
         basis = parts[index].ready.derivatives.tensor
         columns = parts[index].gradient.shape[-1]
         return int(basis.shape[-2] * columns * basis.itemsize)

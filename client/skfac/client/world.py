@@ -6,6 +6,7 @@ of a few numbers on the CPU, and only in steps where something is due.
 """
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Protocol
 
 import torch
@@ -71,13 +72,18 @@ class World(Protocol):
 
 
 class Alone:
-    """A `World` of one process, which costs nothing."""
+    """A `World` of one process, which costs nothing.
+
+    Attributes:
+        by_chance: Whether `torch.distributed` was not in use when it was made.
+    """
 
     rank = 0
     size = 1
 
-    def __init__(self, member: int = 0) -> None:
+    def __init__(self, member: int = 0, *, by_chance: bool = False) -> None:
         self.members: Sequence[int] = (member,)
+        self.by_chance = by_chance
 
     def least(self, numbers: Sequence[int]) -> list[int]:
         """Compare with nobody.
@@ -132,8 +138,12 @@ class Ranks:
         self.size = distributed.get_world_size(group)
         self.members: Sequence[int] = distributed.get_process_group_ranks(group)
         self._first = self.members[0]
+        # Never ended: torch would give the next one the same name, and old addresses.
         self._group = distributed.new_group(
-            list(self.members), backend="gloo", use_local_synchronization=True
+            list(self.members),
+            timeout=_timeout_of(group),
+            backend="gloo",
+            use_local_synchronization=True,
         )
 
     def least(self, numbers: Sequence[int]) -> list[int]:
@@ -195,6 +205,16 @@ class Ranks:
         return list(map(_text_of, texts))
 
 
+def _timeout_of(group: ProcessGroup) -> timedelta | None:
+    # What the trainer has asked for; torch has no public way to read it.
+    for device in getattr(group, "_device_types", ()):
+        options = getattr(group._get_backend(device), "options", None)
+        found = getattr(options, "_timeout", None)
+        if isinstance(found, timedelta):
+            return found
+    return None
+
+
 def _text_of(padded: torch.Tensor) -> str:
     return bytes(padded.tolist()).rstrip(b"\0").decode()
 
@@ -212,7 +232,7 @@ def world_of(group: ProcessGroup | None) -> World:
         ConfigurationError: If this process does not belong to `group`.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
-        return Alone()
+        return Alone(by_chance=True)
     if group is None:
         group = distributed.group.WORLD
     if group is None or distributed.get_rank(group) < 0:
@@ -222,6 +242,25 @@ def world_of(group: ProcessGroup | None) -> World:
     if distributed.get_world_size(group) > 1:
         return Ranks(group)
     return Alone(distributed.get_rank())
+
+
+def check_joined(world: World) -> None:
+    """Check that a process that was alone has not become one of several since.
+
+    Raises:
+        ConfigurationError: If it has.
+    """
+    if not (isinstance(world, Alone) and world.by_chance):
+        return
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    size = distributed.get_world_size()
+    if size > 1:
+        raise ConfigurationError(
+            f"This process is one of {size} now, and was alone when the Preconditioner "
+            "was made: make it after init_process_group. If ranks train apart, give "
+            "process_group a group of this rank alone."
+        )
 
 
 def check_ranks(world: World, targets: Sequence[str], apply: str) -> None:
