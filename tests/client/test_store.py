@@ -330,6 +330,16 @@ def test_a_server_that_forgot_its_history_is_told_of(caplog):
     assert "history of layer 'a' has 1 updates and had 2" in caplog.text
 
 
+def test_a_loss_that_is_told_twice_is_one(caplog):
+    store = store_of()
+    store.expect(0)
+    store.link(0).lose(0, "refused", "The rows have NaN.")
+    store.link(0).receive([Loss(layer, 0, "refused", "NaN.") for layer in (0, 1)])
+
+    assert store.counts["refused"] == 2
+    assert store.counts["unexpected"] == 0
+
+
 def test_more_damping_than_was_asked_for_is_said_once_a_layer(caplog):
     store = store_of()
     for step in range(3):

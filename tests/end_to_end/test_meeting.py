@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from skfac.client import ConfigurationError, Preconditioner
 from skfac.client.config import PreconditionerConfig
@@ -174,3 +174,27 @@ def test_layers_that_send_nothing_count_nothing():
         return list(map(list, _buckets([embedding, *others])))
 
     assert places(0) == places(1 << 20)
+
+
+def sampled(rank: int, address: str, static: bool) -> str:
+    """Take rows of drawn targets in a model that DDP has wrapped."""
+    model = nn.Linear(4, 2)
+    wrapped = nn.parallel.DistributedDataParallel(model, static_graph=static)
+    with Preconditioner(model, sgd(model), target=address, fisher="monte_carlo") as pre:
+        output = wrapped(torch.randn(5, 4))
+        try:
+            pre.capture_from(output.square().mean())
+        except ConfigurationError as error:
+            return str(error)
+        output.mean().backward()
+        pre.step()
+    return ""
+
+
+def test_sampled_losses_of_a_static_graph_are_refused():
+    with serving() as server:
+        static = run_ranks(2, sampled, server.address, True)
+        usual = run_ranks(2, sampled, server.address, False)
+
+    assert all("Leave static_graph out" in answer for answer in static)
+    assert usual == ["", ""]

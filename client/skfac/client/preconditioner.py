@@ -26,6 +26,7 @@ from skfac.client.ready import ReadyVersions
 from skfac.client.report import describe
 from skfac.client.row_space import RowSpace
 from skfac.client.servers import Servers
+from skfac.client.static_graph import check_not_static
 from skfac.client.step_log import StepLog
 from skfac.client.store import Store
 from skfac.client.targets import Names, Target
@@ -197,7 +198,8 @@ class Preconditioner:
                 (and divided by `accumulation_steps` as that is).
 
         Raises:
-            ConfigurationError: If `fisher` is `"empirical"`.
+            ConfigurationError: If `fisher` is `"empirical"`, or the model is one of
+                `DistributedDataParallel(static_graph=True)`.
         """
         if self.config.fisher != "monte_carlo":
             raise ConfigurationError(
@@ -206,6 +208,8 @@ class Preconditioner:
             )
         if self._step != self._next_capture:
             return
+        if self._step == 0 and self._world.size > 1:
+            check_not_static(sampled_loss)
         self._sampled = True
         weights = [one.weight for one in self._layers if one.weight.requires_grad]
         with self._capture.sampling(), self._rows.sampling():

@@ -133,6 +133,24 @@ class Assembler:
                 complete.append(self._hand_on(assembly))
         return complete
 
+    def drop(self, snapshot: Snapshot) -> list[int]:
+        """Expect no rows any more of what a rank's bad snapshot is part of.
+
+        Returns:
+            The layers that will have no rows of its step, then.
+        """
+        dropped = []
+        for rows in snapshot.layers:
+            layer, step = rows.layer, snapshot.step
+            found = self._open.get((layer, step))
+            if found is not None:
+                self._hand_on(found)
+            elif step <= self._left.get(layer, -1):
+                continue  # solved without this rank after the timeout
+            self._left[layer] = max(step, self._left.get(layer, -1))
+            dropped.append(layer)
+        return dropped
+
     def expired(self, now_s: float) -> list[Assembly]:
         """Give up waiting for ranks that are too late.
 

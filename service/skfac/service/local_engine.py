@@ -15,16 +15,11 @@ from skfac.service.load import memory_bytes
 from skfac.service.metrics import Metrics
 from skfac.service.monitor import Monitor
 from skfac.service.scheduler import Scheduler, Task, batch_limits
-from skfac.service.session import Session, first_bad_rows
+from skfac.service.session import Session, first_bad_rows, refusal_of
 from skfac.service.sessions import Sessions
 from skfac.service.solver import Solution, Solver
 from skfac.service.subscription import LocalSubscription
-from skfac.wire.errors import (
-    InvalidRequestError,
-    ServerUnavailableError,
-    ServiceError,
-    SessionNotFoundError,
-)
+from skfac.wire.errors import ServerUnavailableError, ServiceError, SessionNotFoundError
 from skfac.wire.outcome import Loss, Outcome
 from skfac.wire.session import SessionSpec
 from skfac.wire.snapshot import Snapshot, SnapshotHeader
@@ -120,18 +115,14 @@ class LocalEngine:
         """
         if not self.admit(session_id, snapshot.header):
             return False
-        bad = first_bad_rows(snapshot)
+        bad_rows = first_bad_rows(snapshot)
         with self._changed:
             session = self._touch(session_id, snapshot.header)
-            if bad is not None:
-                layer, side = session.spec.layers[bad[0]].name, bad[1]
-                error = InvalidRequestError(
-                    f"The {side} of layer {layer!r} at step {snapshot.step} have NaN "
-                    "or infinite entries; the whole snapshot is dropped.",
-                    layer=layer,
-                )
-                self._monitor.refused(session, error)
-                raise error
+            if bad_rows is not None:
+                refusal = refusal_of(session.spec, snapshot.step, bad_rows)
+                self._monitor.refused(session, refusal)
+                self._lose_of_all(session, snapshot, str(refusal))
+                raise refusal
             if not self._wants(session, snapshot.header):  # others came meanwhile
                 return False
             nbytes = sum(tensor.nbytes for tensor in snapshot.tensors)
@@ -370,6 +361,13 @@ class LocalEngine:
     def _record(self, session: Session, outcome: Outcome) -> None:
         self._monitor.recorded(session, outcome)
         session.publisher.publish(outcome, self._clock())
+
+    def _lose_of_all(self, session: Session, rows: Snapshot, why: str) -> None:
+        # The other ranks would wait for a version of rows that never come.
+        if session.spec.world_size > 1:
+            for layer in session.assembler.drop(rows):
+                self._record(session, Loss(layer, rows.step, "refused", why))
+            self._changed.notify_all()
 
     def _queue_oldest_s(self) -> float:
         with self._changed:

@@ -232,3 +232,19 @@ def first_bad_rows(snapshot: Snapshot) -> tuple[int, str] | None:
             if not all_finite(getattr(rows, side)):
                 return rows.layer, side
     return None
+
+
+def refusal_of(
+    spec: SessionSpec, step: int, bad_rows: tuple[int, str]
+) -> InvalidRequestError:
+    """Say why a snapshot with bad rows is refused.
+
+    Returns:
+        An error that names them.
+    """
+    layer, side = spec.layers[bad_rows[0]].name, bad_rows[1]
+    return InvalidRequestError(
+        f"The {side} of layer {layer!r} at step {step} have NaN or infinite entries; "
+        "the whole snapshot is dropped.",
+        layer=layer,
+    )
