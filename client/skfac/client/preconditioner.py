@@ -73,7 +73,8 @@ class Preconditioner:
     Raises:
         ConfigurationError: If a setting is wrong, the model has no layer to
             precondition, one that is sharded in a way that cannot be or that has a
-            preconditioner, or several ranks have no server.
+            preconditioner, several ranks have no server, or they have not the same
+            settings.
         ServiceError: If the server refuses this trainer.
     """
 
@@ -149,8 +150,8 @@ class Preconditioner:
 
         Raises:
             ConfigurationError: If the preconditioner is closed, a schedule gives a
-                value out of range, `capture_from` was forgotten, or the model has got
-                other parameters.
+                value out of range, `capture_from` was forgotten, the model has got
+                other parameters, or ranks begin at different steps.
             LateVersionError: Under `on_late="raise"`, if a version is late.
             ServiceError: Under `on_late="wait"` or `"raise"`, if the server refuses
                 this trainer.
