@@ -161,3 +161,22 @@ def test_nobody_waits_for_a_server_whose_name_is_gone():
 
     assert not rank.store.owes(0)
     assert rank.store.counts["gone"] == LAYERS
+
+
+def test_a_server_that_one_rank_cannot_reach_is_waited_for_by_none(caplog):
+    table = Table(2)
+    each = [Rank(rank, table) for rank in range(2)]
+    for rank in each:
+        rank.servers._lookout = None
+    each[0].store.link(0).set_link(up=True)
+    with ThreadPoolExecutor(2) as pool:
+        for step in range(3):
+            list(pool.map(Rank.push, each, [step] * 2))
+            proposals = list(pool.map(lambda rank: rank.store.propose(0, 600.0), each))
+            assert not any(any(one.settled) for one in proposals)
+    assert caplog.text.count("Another rank cannot reach a:1") == 1
+
+    each[1].store.link(0).set_link(up=True)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(Rank.push, each, [3] * 2))
+    assert all(rank.store._hoped_for(3) for rank in each)

@@ -330,6 +330,16 @@ def test_a_server_that_forgot_its_history_is_told_of(caplog):
     assert "history of layer 'a' has 1 updates and had 2" in caplog.text
 
 
+def test_what_another_rank_cannot_get_is_not_waited_for():
+    store = store_of()
+    store.expect(0, hoped=False)
+    assert used(store, 1, wait_s=600.0) == [None, None]  # not after ten minutes
+    store.link(0).receive(both(0))
+
+    assert used(store, 2) == [0, 0]
+    assert not store._doubted
+
+
 def test_a_loss_that_is_told_twice_is_one(caplog):
     store = store_of()
     store.expect(0)

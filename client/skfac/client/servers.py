@@ -74,6 +74,7 @@ class Servers:
         self._past: Counter[str] = Counter()  # of servers that have left
         self._goodbyes: list[threading.Thread] = []
         self._numbers = 0
+        self._said = False
         self._lookout: Lookout | None = None
         self._owner = os.getpid()
         try:
@@ -100,10 +101,14 @@ class Servers:
 
     def push(self, snapshot: PendingSnapshot) -> None:
         """Send each server its layers and return at once; all ranks do it together."""
-        if self._lookout is not None or len(self._servers) > 1:
-            self._assigned = self._owners(self._agree())
+        together = self._world.size > 1  # a version is used by all ranks or none
+        reachable = [True]
+        if together or self._lookout is not None or len(self._servers) > 1:
+            reachable = self._agree()
+            self._assigned = self._owners(reachable)
         numbers = [server.number for server in self._assigned]
-        self._store.expect(snapshot.step, numbers)
+        self._store.expect(snapshot.step, numbers, hoped=any(reachable))
+        self._say_if_doubted(any(reachable))
         self._log.captured(snapshot.step, numbers, self._spec.versions_in_flight)
         for server in self._servers:
             own = self._layers_of(server)
@@ -112,6 +117,15 @@ class Servers:
                 server.transport.push(snapshot.only(own, report))
         self._log.clear()
         self._let_go()
+
+    def _say_if_doubted(self, hoped: bool) -> None:
+        if not hoped and any(self._store.links) and not self._said:
+            logger.warning(
+                "Another rank cannot reach %s: no version is used or waited for "
+                "meanwhile.",
+                ", ".join(self.targets),
+            )
+        self._said = not hoped
 
     def export_state(self, timeout_s: float) -> SessionState | None:
         """Copy what the servers keep of earlier updates.

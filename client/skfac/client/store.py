@@ -57,6 +57,7 @@ class Store:
         self._expected: dict[int, list[Outcome | None]] = {}
         self._in_use: list[Version | None] = [None] * len(spec.layers)
         self._of_server: dict[int, Sequence[int]] = {}  # step -> server of each layer
+        self._doubted: set[int] = set()  # steps that some rank gets no version of
         self._roster = Roster(servers)
         self._said: set[tuple[int | None, LossReason]] = set()
         self.counts: Counter[str] = Counter()
@@ -185,14 +186,20 @@ class Store:
                 raise self.failure
             return any(self.links)
 
-    def expect(self, step: int, servers: Sequence[int] | None = None) -> None:
+    def expect(
+        self, step: int, servers: Sequence[int] | None = None, *, hoped: bool = True
+    ) -> None:
         """Declare that a snapshot of all layers is captured.
 
         Args:
             step: The step.
             servers: Who is to answer for each layer; None if there is only one.
+            hoped: Whether a version may come to all ranks; if not, nobody waits for it
+                under `on_late="keep"`.
         """
         with self._changed:
+            if not hoped:
+                self._doubted.add(step)
             self._expected[step] = [None] * len(self._spec.layers)
             self._of_server[step] = servers or [0] * len(self._spec.layers)
 
@@ -247,6 +254,7 @@ class Store:
             for old in [c for c in self._expected if c <= proposal.step]:
                 if old < proposal.step or all(agreed.settled):
                     del self._expected[old], self._of_server[old]
+                    self._doubted.discard(old)
             if proposal.on_time:
                 self._look_for_late(agreed, proposal.wait_s)
 
@@ -296,7 +304,7 @@ class Store:
 
     def _wait_for(self, step: int, wait_s: float) -> None:
         row, policy = self._expected[step], self._spec.on_late
-        if None not in row:
+        if None not in row or (policy == "keep" and step in self._doubted):
             return
         self.counts["waits"] += 1
         began_s = time.monotonic()
@@ -336,7 +344,9 @@ class Store:
 
     def _hoped_for(self, step: int) -> bool:
         # Whether an outcome may come soon: its server is there and not silent.
-        return any(self._missing(step, server) for server in self._roster.hopeful)
+        return step not in self._doubted and any(
+            self._missing(step, server) for server in self._roster.hopeful
+        )
 
     def _is_settled(self, step: int) -> bool:
         # Nothing more will ever come.
