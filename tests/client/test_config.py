@@ -84,6 +84,8 @@ def test_values_out_of_range_are_refused_by_name(name, value):
 
 def test_no_limit_is_a_rank():
     assert PreconditionerConfig(rank=None).curvature_at(0).rank is None
+    schedule = PreconditionerConfig(rank=lambda step: step or None)
+    assert [schedule.curvature_at(step).rank for step in (0, 3)] == [None, 3]
 
 
 def test_row_space_needs_a_lag():

@@ -1,5 +1,6 @@
 """What a trainer can set: plain data, validated once, never changed afterwards."""
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -172,12 +173,12 @@ class PreconditionerConfig:
         Raises:
             ConfigurationError: If a schedule gives a value out of range.
         """
-        rank = None if self.rank is None else int(self.at("rank", step))
+        rank = self.at("rank", step)
         return CurvatureSettings(
             damping=self.at("damping", step),
             decay=self.at("decay", step),
             window=int(self.at("window", step)),
-            rank=rank,
+            rank=None if math.isinf(rank) else int(rank),
             energy=self.at("energy", step),
         )
 

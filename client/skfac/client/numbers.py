@@ -62,17 +62,17 @@ def check_number(name: str, value: object, where: str = "") -> None:
         )
 
 
-def number_at(name: str, value: Schedule | IntSchedule, step: int) -> float:
+def number_at(name: str, value: Schedule | IntSchedule | None, step: int) -> float:
     """Evaluate a setting at a step.
 
     Returns:
-        The constant, or what the schedule gives.
+        The constant, or what the schedule gives; infinity for None, no limit.
 
     Raises:
         ConfigurationError: If the schedule gives a value out of range.
     """
-    if not callable(value):
-        return float(value)
-    found = value(step)
-    check_number(name, found, f" at step {step}")
-    return float(found)
+    found = value
+    if callable(value):
+        found = value(step)
+        check_number(name, found, f" at step {step}")
+    return math.inf if found is None else float(found)
