@@ -71,8 +71,8 @@ def number_at(name: str, value: Schedule | IntSchedule | None, step: int) -> flo
     Raises:
         ConfigurationError: If the schedule gives a value out of range.
     """
-    found = value
-    if callable(value):
-        found = value(step)
-        check_number(name, found, f" at step {step}")
+    if not callable(value):
+        return math.inf if value is None else float(value)
+    found: float | None = value(step)
+    check_number(name, found, f" at step {step}")
     return math.inf if found is None else float(found)
