@@ -131,3 +131,23 @@ def test_counts_of_a_connection_are_there_from_the_start():
         counts = pre.report()["transport"]
 
     assert counts["denials"] == counts["disconnects"] == counts["renewals"] == 0
+
+
+@pytest.mark.parametrize("way", ["unfrozen", "added"])
+def test_layers_that_train_later_are_said_once(caplog, way):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    model[0].requires_grad_(way != "unfrozen")
+    own = model if way == "unfrozen" else model[1:]
+    optimizer = sgd(own)
+    with Preconditioner(model, optimizer, update_every=1) as pre:
+        for step in range(4):
+            if step == 2 and way == "unfrozen":
+                model[0].requires_grad_(True)
+            elif step == 2:
+                optimizer.add_param_group({"params": list(model[0].parameters())})
+            optimizer.zero_grad()
+            model(torch.randn(3, 4)).square().sum().backward()
+            pre.step()
+            assert ("train now" in caplog.text) == (step >= 2)
+
+    assert caplog.text.count("0.weight, 0.bias train now, and did not") == 1

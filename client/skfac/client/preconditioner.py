@@ -19,6 +19,7 @@ from skfac.client.due import DueVersions
 from skfac.client.job import layers_of, session_of
 from skfac.client.loss_scale import LossScale
 from skfac.client.meeting import await_links, check_steps, made_by_all
+from skfac.client.newcomers import Newcomers
 from skfac.client.order import StepOrder
 from skfac.client.pace import Pace
 from skfac.client.phases import phase
@@ -123,6 +124,7 @@ class Preconditioner:
         self._apply = Apply(self._layers, self._ready, self._rows)
         self._loss_scale = LossScale(config.grad_scaler, optimizer)
         self._order = StepOrder(optimizer)
+        self._newcomers = Newcomers(model, optimizer)
         atexit.register(self.close)
         try:
             await_links(world, self._store, targets, config.at("wait_s", 0))
@@ -378,6 +380,7 @@ class Preconditioner:
                 f"fisher='monte_carlo' takes the derivatives of step {step} from "
                 "capture_from(sampled_loss), which was not called."
             )
+        self._newcomers.look()
         with phase("capture"):
             snapshot = self._capture.take(step)
         update_every = int(self.config.at("update_every", step))
