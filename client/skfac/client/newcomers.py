@@ -36,8 +36,8 @@ class Newcomers:
             more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
             logger.warning(
                 "%s%s train now, and did not when the Preconditioner was made: their "
-                "gradients stay raw, outside the trust region. Close it and make a new one "
-                "to precondition them.",
+                "gradients stay raw, outside the trust region. Close it and make a new "
+                "one to precondition them.",
                 ", ".join(names[:_NAMED]),
                 more,
             )
