@@ -233,7 +233,7 @@ def test_float16_has_no_room_for_long_directions():
 
 
 @pytest.mark.parametrize("apply", ["row", "gradient"])
-@pytest.mark.parametrize("layout", ["coo", "csr", "nested"])
+@pytest.mark.parametrize("layout", ["sparse", "csr", "nested"])
 # torch calls both layouts a prototype or a beta.
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested:UserWarning")
@@ -243,7 +243,7 @@ def test_inputs_that_are_no_plain_tensors_train_on(layout, apply, caplog):
         if layout == "nested":
             parts = [dense[:4], dense[4:]]
             return torch.nested.nested_tensor(parts, layout=torch.jagged)
-        return dense.to_sparse() if layout == "coo" else dense.to_sparse_csr()
+        return dense.to_sparse() if layout == "sparse" else dense.to_sparse_csr()
 
     def loss(model: Any, inputs: Tensor) -> Tensor:
         output = model(inputs_of(0))
