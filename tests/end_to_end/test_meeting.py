@@ -142,7 +142,7 @@ def test_a_preconditioner_that_was_made_too_early_is_refused():
 
 def impatient(rank: int) -> float:
     """How long a rank waits for one that does not come."""
-    group = distributed.new_group([0, 1], timeout=timedelta(seconds=2))
+    group = distributed.new_group([0, 1], timeout=timedelta(seconds=1))
     assert group is not None
     world = Ranks(group)
     began_s = time.monotonic()
@@ -150,14 +150,14 @@ def impatient(rank: int) -> float:
         with pytest.raises(RuntimeError):
             world.least([1])
     else:
-        time.sleep(6)
+        time.sleep(3)
     return time.monotonic() - began_s
 
 
 def test_ranks_wait_as_long_as_their_group_does():
     waited_s, _ = run_ranks(2, impatient)
 
-    assert 1 < waited_s < 60
+    assert 0.5 < waited_s < 60
 
 
 def test_layers_that_send_nothing_count_nothing():

@@ -32,7 +32,7 @@ from skfac.wire.state import SessionState
 logger = logging.getLogger(__name__)
 
 _CONTROL_THREADS = 16  # that bulk streams cannot take
-_PROBE_S = 1.0  # that a probe may let its thread wait: anybody may call there
+_PROBE_S = 2.0  # that a probe may let its thread wait: anybody may call there
 _LAST_WORDS_S = 1.0  # that outcomes get to be sent, however long solving took
 _HEALTH_NAMES = ("", "live", "ready", SERVICE)
 
