@@ -1,5 +1,6 @@
 """The learning rates that an optimizer has now."""
 
+from operator import is_
 from typing import Any
 
 import torch
@@ -27,23 +28,17 @@ class LearningRates:
         Returns:
             It; 0 if the optimizer has none of them.
         """
-        groups = self._optimizer.param_groups
-        known = self._groups
-        if len(groups) != len(known) or any(map(_differs, groups, known)):
+        groups, known = self._optimizer.param_groups, self._groups
+        if len(groups) != len(known) or not all(map(is_, groups, known)):
             self._groups = list(groups)
             self._of = {id(p): group for group in groups for p in group["params"]}
         found = [self._of.get(id(p)) for p in parameters if p is not None]
-        own = [group for group in found if group is not None]
-        if not own:
-            return 0.0
-        first: float | Tensor = own[0]["lr"]
-        if all(group is own[0] for group in own):
-            return first
-        return _largest([group["lr"] for group in own])
-
-
-def _differs(one: object, other: object) -> bool:
-    return one is not other
+        first = found[0]
+        if first is not None and all(group is first for group in found):
+            rate: float | Tensor = first["lr"]
+            return rate
+        own = [group["lr"] for group in found if group is not None]
+        return _largest(own) if own else 0.0
 
 
 def _largest(rates: list[float | Tensor]) -> float | Tensor:

@@ -16,10 +16,10 @@ the module keeps its class, name, parameters and other hooks.
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,8 +59,7 @@ Provide = Callable[[int, torch.device, torch.dtype], LayerPreconditioner | None]
 """Finds what a layer is preconditioned with in this step, by its index."""
 
 
-@dataclass(frozen=True)
-class _Given:
+class _Given(NamedTuple):
     # A weight gradient that a backward made here; no reference to it, as torch would
     # copy a gradient that somebody else holds.
     backward: int
@@ -193,9 +192,11 @@ class RowSpace:
             bias = None if layer.bias is None else d.sum(0)
         else:
             weight, bias = self._turned(index, ready, x, d)
-        number, known = backward_id(), self._given.get(index, ())
-        given = _Given(number, _mark(weight), turned=ready is not None)
-        self._given[index] = [*(g for g in known if g.backward == number), given]
+        given = _Given(backward_id(), _mark(weight), ready is not None)
+        known = self._given.setdefault(index, [])
+        if known and known[0].backward != given.backward:
+            known.clear()
+        known.append(given)
         return weight, bias
 
     def _turned(
@@ -272,8 +273,9 @@ class RowSpace:
         if gradient is None or self._sampling:
             return
         # The very tensor that this layer's backward has made, if nothing was added.
-        number, given = backward_id(), self._given.pop(index, [])
-        given = [one for one in given if one.backward == number]
+        given = self._given.pop(index, [])
+        if given and given[0].backward != backward_id():
+            given = []
         turned = any(one.turned for one in given)
         if not turned and not self._backwards[index]:
             self._raw.add(index)
@@ -357,11 +359,13 @@ def _is_plain(layer: TrackedLayer, inputs: Tensor) -> bool:
 def _computes_alone(layer: TrackedLayer) -> bool:
     # Whether an output is that of the weight only: what a forward of another kind or a
     # hook before ours has done to it would not get its gradient.
-    return not torch_modules._global_forward_hooks and all(
-        "forward" not in vars(module)
-        and isinstance(next(iter(module._forward_hooks.values())), ForwardHook)
-        for module in layer.modules
-    )
+    if torch_modules._global_forward_hooks:
+        return False
+    for module in layer.modules:
+        first = next(iter(module._forward_hooks.values()))
+        if "forward" in module.__dict__ or type(first) is not ForwardHook:
+            return False
+    return True
 
 
 def _is_eligible(layer: TrackedLayer, config: PreconditionerConfig) -> bool:
