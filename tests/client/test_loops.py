@@ -2,6 +2,8 @@
 
 import gc
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -67,49 +69,48 @@ def test_learning_rates_are_those_of_a_state_that_was_loaded(apply):
     assert scales[2] == 1
 
 
+def assert_same_in_both_spaces(
+    backward: Callable[[nn.Module, int], None], caplog: Any, **own: Any
+) -> None:
+    """Gradients are the same wherever they are preconditioned, and nothing is said."""
+
+    def gradients(apply: str) -> list[Tensor]:
+        model, found = wide(), []
+        optimizer = sgd(model)
+        with Preconditioner(model, optimizer, **settings(apply=apply, **own)) as pre:
+            for step in range(4):
+                optimizer.zero_grad()
+                backward(model, step)
+                pre.step()
+                found.append(flat(model))
+        return found
+
+    for mine, expected in zip(gradients("auto"), gradients("gradient"), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-12)
+    assert "gradient space" not in caplog.text
+
+
 @pytest.mark.parametrize(
     "sizes", [(20, 20), (200, 20), (200, 20, 20), (20, 200), (20, 200, 20)]
 )
 @pytest.mark.parametrize("first", ["train", "eval"])
 def test_micro_batches_of_any_size_are_preconditioned_as_a_whole(sizes, first, caplog):
-    def gradients(apply: str) -> list[Tensor]:
-        model, found = wide(), []
-        optimizer = sgd(model)
-        passes = len(sizes) - (first == "eval")
-        with Preconditioner(
-            model, optimizer, **settings(apply=apply, accumulation_steps=passes)
-        ) as pre:
-            for step in range(4):
-                optimizer.zero_grad()
-                for place, size in enumerate(sizes):
-                    model.train(place > 0 or first == "train")
-                    loss_of(model, size, 10 * step + place).backward()
-                pre.step()
-                found.append(flat(model))
-        return found
+    def backward(model: nn.Module, step: int) -> None:
+        for place, size in enumerate(sizes):
+            model.train(place > 0 or first == "train")
+            loss_of(model, size, 10 * step + place).backward()
 
-    for mine, expected in zip(gradients("auto"), gradients("gradient"), strict=True):
-        torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-12)
-    assert "gradient space" not in caplog.text
+    passes = len(sizes) - (first == "eval")
+    assert_same_in_both_spaces(backward, caplog, accumulation_steps=passes)
 
 
 @pytest.mark.parametrize("sizes", [(20, 200), (200, 20)])
 def test_forwards_of_any_size_in_one_backward_are_of_one_kind(sizes, caplog):
-    def gradients(apply: str) -> list[Tensor]:
-        model, found = wide(), []
-        optimizer = sgd(model)
-        with Preconditioner(model, optimizer, **settings(apply=apply)) as pre:
-            for step in range(4):
-                optimizer.zero_grad()
-                losses = [loss_of(model, size, 10 * step + size) for size in sizes]
-                torch.stack(losses).sum().backward()
-                pre.step()
-                found.append(flat(model))
-        return found
+    def backward(model: nn.Module, step: int) -> None:
+        losses = [loss_of(model, size, 10 * step + size) for size in sizes]
+        torch.stack(losses).sum().backward()
 
-    for mine, expected in zip(gradients("auto"), gradients("gradient"), strict=True):
-        torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-12)
-    assert "gradient space" not in caplog.text
+    assert_same_in_both_spaces(backward, caplog)
 
 
 @BOTH
